@@ -1,0 +1,61 @@
+# `make help` lists the targets. Settings: VENV (the environment's folder), PYTHON (what makes it),
+# CC and CXX (the compilers), ARGS (passed on to quickstart, pytest or the benchmarks).
+
+VENV ?= .venv
+PYTHON ?= python3
+ARGS ?=
+export CC CXX
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+# What an installation depends on: when one of these changes, the next target installs again.
+INPUTS := pyproject.toml constraints.txt setup.py $(shell find csrc -type f)
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart install test lint bench bench-check gpu clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
+
+quickstart: $(INSTALLED)  ## from nothing to a trained, fine-tuned, explained model
+	$(BIN)/gradsmith quickstart $(ARGS)
+
+install: $(INSTALLED)  ## the environment alone: pinned packages, C++ extension built
+
+# The isolated environment that builds the extension takes the pinned versions too: pip reads the
+# second name from 25.3 on, the first before that.
+$(INSTALLED): export PIP_CONSTRAINT := constraints.txt
+$(INSTALLED): export PIP_BUILD_CONSTRAINT := constraints.txt
+$(INSTALLED): $(INPUTS)
+	@sh scripts/preflight.sh "$(PYTHON)" "$(CXX)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[train,dev]'
+	@touch $@
+
+test: $(INSTALLED)  ## the whole test suite
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(INSTALLED)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED)  ## the benchmarks, written to benchmarks/results/
+	$(BIN)/python -m pytest benchmarks $(ARGS)
+
+bench-check: $(INSTALLED)  ## the latest results against benchmarks/floors.toml
+	$(BIN)/python -m benchmarks.check
+
+# Installs and downloads nothing: it takes the Python that is active, with the torch that fits the
+# GPU, and builds the extension in place.
+gpu: export PYTHONPATH := kernels:trainer
+gpu:  ## on a GPU machine: build, run the GPU tests, then the GPU benchmarks
+	@$(PYTHON) -m benchmarks.gpu --check
+	$(PYTHON) setup.py --quiet build_ext --inplace
+	$(PYTHON) -m pytest -m gpu tests/kernels
+	$(PYTHON) -m benchmarks.gpu
+
+clean:  ## removes the environment and what was built; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	find kernels -name '*.so' -delete
+	find kernels trainer tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,49 @@
+"""The results as text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def show(machine: dict[str, Any], rates: dict[str, float], rows: list[dict[str, Any]]) -> str:
+    name = machine.get("gpu", machine["cpu"])
+    bf16, fp32 = (rates[f"matmul_{dtype}_flops"] / 1e12 for dtype in ("bf16", "fp32"))
+    lines = [
+        f"{name}, {machine['isa']}, {machine['threads']} threads, load {machine['load']:.1f}, "
+        f"torch {machine['versions']['torch']}, commit {(machine['commit'] or 'unknown')[:9]}",
+        f"measured: matrix products {bf16:.3g} TFLOP/s bf16, {fp32:.3g} fp32; "
+        f"copy {rates['copy_bytes'] / 1e9:.3g} GB/s",
+        "",
+    ]
+    width = max(len(row["key"]) for row in rows)
+    for row in rows:
+        ours = row["times"]["gradsmith"]["median"]
+        lines.append(f"{row['key']:{width}}  {_time(ours)}  {_share(row, ours, rates)}")
+        lines += [
+            f"{'':{width}}  {_time(row['times'][peer]['median'])}  {peer}: ours is {ratio:.2f}x"
+            for peer, ratio in row["ratios"].items()
+        ]
+    return "\n".join(lines)
+
+
+def _time(seconds: float) -> str:
+    scale, unit = next(
+        (s, u) for s, u in ((1, "s "), (1e3, "ms"), (1e6, "us")) if seconds * s >= 1 or u == "us"
+    )
+    return f"{seconds * scale:8.2f} {unit}"
+
+
+def _share(row: dict[str, Any], seconds: float, rates: dict[str, float]) -> str:
+    """What ours achieves, and as a share of what the machine was measured to do."""
+    parts = ["gradsmith"]
+    if "tokens" in row:
+        parts.append(f"{row['tokens'] / seconds:,.0f} tokens/s")
+    if row.get("bytes"):
+        rate = row["bytes"] / seconds
+        parts.append(f"{rate / 1e9:.1f} GB/s ({rate / rates['copy_bytes']:.0%} of copy)")
+    if "tokens" in row:
+        rate = row["flops"] / seconds
+        parts.append(
+            f"{rate / 1e9:.0f} GFLOP/s ({rate / rates['matmul_bf16_flops']:.0%} of the bf16 rate)"
+        )
+    return ", ".join(parts)

@@ -1,0 +1,141 @@
+"""Tokens per second of pretraining and LoRA fine-tuning, against the plain loop of peer.py.
+
+Ours is the command that users run, `gradsmith train`; every contender is a process of its own, and
+they take turns. Correctness gates the timing: on the same batches from the same weights, the peer
+must see our losses.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+import yaml
+
+from .machine import summary
+
+WARMUP = 3  # steps at the start of every process that are not counted
+TURNS = 2
+FIRST_LOSS, LAST_LOSS = 0.01, 0.05  # relative; ours keeps float32 masters, the peer does not
+
+COMMON: dict[str, Any] = {
+    "seed": 1234,
+    "data": {"sources": [{"kind": "python_stdlib", "limit": 300}], "sequence_length": 512},
+    "training": {
+        "steps": 12,
+        "global_batch": 8,
+        "micro_batch": 4,
+        "optimizer": {"name": "adamw", "lr": 5e-4},
+        "schedule": {"name": "constant", "warmup": 0.0},
+        "precision": "bf16",
+        "zero": {"stage": 1},
+        "validate": {"every": 10_000},
+        "checkpoint": {"every": 10_000},
+    },
+}
+# 12.2 M parameters, of which 1.6 M are the embedding that the output layer shares.
+LLAMA = {
+    "hidden_size": 384,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 6,
+    "tie_word_embeddings": True,
+}
+TASKS: dict[str, dict[str, Any]] = {
+    "pretrain": {"data": {"task": "language_modeling"}, "model": {}},
+    "lora": {
+        "data": {"task": "chat"},
+        "model": {"adapter": {"method": "lora", "rank": 8, "alpha": 16.0}},
+    },
+}
+
+
+def write_recipe(folder: Path, name: str, *trees: dict[str, Any]) -> Path:
+    """A recipe from COMMON and `trees`, merged a level deep."""
+    recipe: dict[str, Any] = {"name": name, "output": str(folder / name)}
+    for tree in (COMMON, *trees):
+        for key, value in tree.items():
+            merge = isinstance(value, dict) and key in recipe
+            recipe[key] = {**recipe[key], **value} if merge else value
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return path
+
+
+def run(*command: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", *command],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+        cwd=Path(__file__).parent.parent,
+    )
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def gradsmith_turn(recipe: Path) -> dict[str, list[float]]:
+    run("gradsmith", "train", str(recipe), "--fresh")
+    output = Path(yaml.safe_load(recipe.read_text(encoding="utf-8"))["output"])
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if row["kind"] == "train"]
+    return {
+        "losses": [row["loss"] for row in steps],
+        # from a step's logging to the next one's: everything that a step costs
+        "seconds": [b["time"] - a["time"] for a, b in zip(steps, steps[1:], strict=False)],
+    }
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose weights and tokenizer all contenders start from."""
+    folder = tmp_path_factory.mktemp("end_to_end")
+    recipe = write_recipe(
+        folder,
+        "base",
+        {
+            "data": {"tokenizer": {"train": {"vocab_size": 4096}}},
+            "model": {"architecture": "llama", "config": LLAMA},
+            "training": {"steps": 4},
+        },
+    )
+    run("gradsmith", "train", str(recipe))
+    return folder / "base"
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_training(task: str, base: Path, rows: list[dict[str, Any]], quick: bool) -> None:
+    steps = {"training": {"steps": 5 if quick else COMMON["training"]["steps"]}}
+    recipe = write_recipe(base.parent, task, TASKS[task], {"model": {"from": str(base)}}, steps)
+    output = str(base.parent / task)
+    peers = {"transformers eager": [], "transformers compiled": ["--compile"]}
+
+    seconds: dict[str, list[float]] = {name: [] for name in ("gradsmith", *peers)}
+    flops_per_token = 0.0
+    for _ in range(1 if quick else TURNS):
+        ours = gradsmith_turn(recipe)
+        seconds["gradsmith"] += ours["seconds"][WARMUP - 1 :]
+        for name, options in peers.items():
+            peer = json.loads(run("benchmarks.peer", output, *options).splitlines()[-1])
+            assert peer["losses"][0] == pytest.approx(ours["losses"][0], rel=FIRST_LOSS)
+            assert peer["losses"][-1] == pytest.approx(ours["losses"][-1], rel=LAST_LOSS)
+            seconds[name] += peer["seconds"][WARMUP:]
+            flops_per_token = peer["flops_per_token"]
+
+    tokens = COMMON["training"]["global_batch"] * COMMON["data"]["sequence_length"]
+    times = {name: summary(values) for name, values in seconds.items()}
+    rows.append(
+        {
+            "key": f"{task} llama-12M bf16",
+            "times": times,
+            "ratios": {p: median(seconds[p]) / median(seconds["gradsmith"]) for p in peers},
+            "tokens": tokens,
+            "flops": flops_per_token * tokens,
+        }
+    )
