@@ -1,0 +1,171 @@
+"""What people see in the terminal: rich where there is one, plain lines where there is not.
+
+Of several processes only rank 0 prints.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+PLAIN_EVERY = 10.0  # seconds between two plain progress lines
+
+
+def is_main() -> bool:
+    """Whether this process speaks for the run."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text: str) -> None:
+    """Prints a line of plain text (no markup)."""
+    if is_main():
+        Console(soft_wrap=True).print(text, markup=False, highlight=False)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints a table; the first column holds names, the others are aligned right."""
+    if not is_main():
+        return
+    console = Console()
+    if console.is_terminal:
+        shown = Table(title=title, title_justify="left", title_style="bold")
+        for number, column in enumerate(columns):
+            shown.add_column(column, justify="right" if number else "left", no_wrap=number > 0)
+        for row in rows:
+            shown.add_row(*row)
+        console.print(shown, markup=False)
+        return
+    cells = [list(columns), *map(list, rows)]
+    widths = [max(len(row[number]) for row in cells) for number in range(len(columns))]
+    print(title)
+    for row in cells:
+        aligned = (
+            cell.rjust(width) if number else cell.ljust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        print("  " + "  ".join(aligned).rstrip())
+
+
+def duration(seconds: float) -> str:
+    """90 -> "1:30", 3700 -> "1:01:40"."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class TrainingProgress:
+    """The progress of one training run.
+
+    In a terminal: a live bar with loss, tokens per second and the time left. Elsewhere: a line
+    at the first and the last step, and every ten seconds between.
+
+    Args:
+        name: The run's name.
+        total_steps: The last step, or None for a run limited by time.
+        start_step: The step from which a resumed run goes on.
+        minutes: The length of a run limited by time.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        total_steps: int | None,
+        start_step: int = 0,
+        *,
+        minutes: float | None = None,
+    ):
+        if (total_steps is None) == (minutes is None):
+            raise ValueError("give exactly one of total_steps and minutes")
+        self._name = name
+        self._total_steps = total_steps
+        self._start_step = self._step = start_step
+        self._seconds = minutes * 60 if minutes is not None else None
+        self._console = Console(quiet=not is_main(), soft_wrap=True)
+        self._rich: Progress | None = None
+        self._began = self._said = time.monotonic()
+        self._unsaid = ""
+
+    def __enter__(self) -> TrainingProgress:
+        self._began = time.monotonic()
+        if self._console.is_terminal and is_main():
+            self._rich = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[place]}", style="bold"),
+                TextColumn("{task.fields[numbers]}"),
+                console=self._console,
+                expand=True,
+            )
+            self._task = self._rich.add_task(
+                self._name, total=1.0, place="", numbers="first step ..."
+            )
+            self._rich.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._rich:
+            self._rich.stop()
+        elif self._unsaid:
+            self._print(self._unsaid)
+
+    def update(self, step: int, row: dict[str, Any]) -> None:
+        """Shows one row of metrics.jsonl; `step` is the number of steps done."""
+        if row.get("kind") == "validation":
+            bits = row.get("bits_per_byte")
+            more = f", {bits:.4f} bits per byte" if bits is not None else ""
+            self.note(f"{self._place(step)}  validation loss {row['loss']:.4f}{more}")
+            return
+        first = self._step == self._start_step
+        self._step = step
+        place, numbers = self._place(step), self._numbers(step, row)
+        if self._rich:
+            completed = self._share(step)
+            self._rich.update(self._task, completed=completed, place=place, numbers=numbers)
+            return
+        now = time.monotonic()
+        self._unsaid = f"{place}  {numbers}"
+        if first or now - self._said >= PLAIN_EVERY:
+            self._print(self._unsaid)
+            self._said, self._unsaid = now, ""
+
+    def note(self, text: str) -> None:
+        """Prints a line above the bar."""
+        self._print(text)
+
+    def _print(self, text: str) -> None:
+        prefix = "" if self._rich else f"{self._name}: "
+        self._console.print(prefix + text, markup=False, highlight=False)
+
+    def _place(self, step: int) -> str:
+        return f"step {step}" + (f"/{self._total_steps}" if self._total_steps else "")
+
+    def _share(self, step: int) -> float:
+        if self._total_steps is not None:
+            return step / self._total_steps
+        assert self._seconds is not None
+        return min(1.0, (time.monotonic() - self._began) / self._seconds)
+
+    def _numbers(self, step: int, row: dict[str, Any]) -> str:
+        elapsed = time.monotonic() - self._began
+        if self._total_steps is not None:
+            done = max(1, step - self._start_step)
+            left = elapsed / done * (self._total_steps - step)
+        else:
+            assert self._seconds is not None
+            left = max(0.0, self._seconds - elapsed)
+        numbers = [f"loss {row['loss']:.4f}"]
+        if row.get("tokens_per_second") is not None:
+            numbers.append(f"{row['tokens_per_second']:,.0f} tokens/s")
+        return "  ".join([*numbers, f"{duration(left)} left"])

@@ -1,0 +1,303 @@
+"""`gradsmith launch`: one training run on several processes and machines.
+
+The processes are started by engines that exist. torchrun (torch.distributed.run) starts those of
+one machine, and of several when `launch` is run on each; DeepSpeed's launcher starts them on all
+machines of a hostfile; sbatch starts `launch` on each machine of a Slurm job. `--dry-run` prints
+the command or the script.
+
+torchrun is run within this process: so a wrong recipe ends with exit code 2 and its message once,
+where the command line tool ends with exit code 1 and a stack trace of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import RunError, UserError
+from .recipe import Recipe, load_recipe
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the command line of `gradsmith launch` says."""
+
+    recipe: Path
+    overrides: tuple[str, ...] = ()
+    fresh: bool = False
+    nproc: int | None = None
+    nnodes: int | None = None
+    node_rank: int | None = None
+    master: str | None = None
+    hostfile: Path | None = None
+    slurm: bool = False
+    time: str | None = None
+    partition: str | None = None
+    sbatch: tuple[str, ...] = ()
+    submit: bool = False
+    engine_options: tuple[str, ...] = ()
+
+    def train_arguments(self) -> list[str]:
+        """What follows `gradsmith` in each process."""
+        fresh = ["--fresh"] if self.fresh else []
+        return ["train", *fresh, str(self.recipe), *self.overrides]
+
+
+def launch(job: Job, *, dry_run: bool = False) -> int:
+    """Starts the job and waits for its end; returns the exit code of the processes.
+
+    Raises:
+        UserError: the options do not go together, or the recipe is wrong.
+    """
+    _check_options(job)
+    recipe = load_recipe(job.recipe, job.overrides)
+    if job.slurm:
+        return _slurm(job, recipe, dry_run)
+    if job.hostfile is not None:
+        world = sum(read_hostfile(job.hostfile).values())
+        command = deepspeed_command(job)
+        threads = None
+    else:
+        nproc = job.nproc or _accelerators() or 1
+        world = nproc * (job.nnodes or 1)
+        command = torchrun_command(job, nproc)
+        threads = str(max(1, physical_cores() // nproc))
+    recipe.training.accumulation(world)
+
+    if dry_run:
+        setting = f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', threads)} "
+        print((setting if threads else "") + shlex.join(command))
+        return 0
+
+    from .checks import check_recipe
+
+    check_recipe(recipe, world)
+    if threads is None:
+        return subprocess.run(command).returncode
+    # Without it torchrun gives each process one thread.
+    os.environ.setdefault("OMP_NUM_THREADS", threads)
+    return _run_torchrun(command[3:])
+
+
+def _check_options(job: Job) -> None:
+    ways = {
+        "--hostfile": job.hostfile is not None,
+        "--slurm": job.slurm,
+        "--node-rank": job.node_rank is not None,
+    }
+    chosen = [name for name, is_set in ways.items() if is_set]
+    if len(chosen) > 1:
+        raise UserError(f"{' and '.join(chosen)} are different ways to start; choose one")
+    if job.hostfile is not None:
+        for name, value in {"--nproc": job.nproc, "--nnodes": job.nnodes}.items():
+            if value is not None:
+                raise UserError(f"{name} does not go with --hostfile: its slots say how many")
+    elif job.slurm:
+        if job.nnodes is None or job.nproc is None:
+            raise UserError("--slurm needs --nodes and --nproc (processes on each node)")
+        if job.master is not None:
+            raise UserError("--master does not go with --slurm: the job finds its first node")
+    elif job.nnodes is not None and (job.node_rank is None or job.master is None):
+        raise UserError(
+            "--nnodes needs --node-rank R and --master HOST:PORT, and launch on every machine; "
+            "or use --hostfile or --slurm"
+        )
+    elif job.nnodes is None and (job.node_rank is not None or job.master is not None):
+        raise UserError("--node-rank and --master go with --nnodes")
+    if job.nnodes is not None and job.node_rank is not None and job.node_rank >= job.nnodes:
+        raise UserError(
+            f"--node-rank: found {job.node_rank}; with --nnodes {job.nnodes} allowed are "
+            f"0 to {job.nnodes - 1}"
+        )
+    if not job.slurm:
+        only_slurm = {
+            "--time": job.time,
+            "--partition": job.partition,
+            "--sbatch": job.sbatch,
+            "--submit": job.submit,
+        }
+        for name, value in only_slurm.items():
+            if value:
+                raise UserError(f"{name} goes with --slurm")
+
+
+# ------------------------------------------------------------------------------ one machine, many
+
+
+def torchrun_command(job: Job, nproc: int) -> list[str]:
+    """The processes of this machine, by torchrun."""
+    if job.nnodes is None:
+        # 127.0.0.1: a laptop's own name often resolves to an address that it has lost.
+        where = ["--standalone", "--local-addr", "127.0.0.1"]
+    else:
+        host, port = _split_master(str(job.master))
+        where = ["--nnodes", str(job.nnodes), "--node-rank", str(job.node_rank)]
+        where += ["--master-addr", host, "--master-port", port]
+    command = [sys.executable, "-m", "torch.distributed.run", *where, "--nproc-per-node"]
+    return [*command, str(nproc), *job.engine_options, "-m", "gradsmith", *job.train_arguments()]
+
+
+def _split_master(master: str) -> tuple[str, str]:
+    host, _, port = master.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise UserError(f"--master: found {master}; expected HOST:PORT, for example node0:29500")
+    return host, port
+
+
+def _run_torchrun(arguments: list[str]) -> int:
+    import logging
+
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    for name in list(logging.Logger.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # what it logs is said below
+    try:
+        torchrun.run(torchrun.parse_args(arguments))
+    except ChildFailedError as error:
+        return _explain_failure(error)
+    except SignalException as stop:
+        if stop.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        return 128 + int(stop.sigval)
+    except SystemExit as end:  # torchrun's argument parser
+        if end.code:
+            raise UserError("torchrun does not understand the options after --") from None
+    return 0
+
+
+def _explain_failure(error: object) -> int:
+    """Maps what torchrun saw to this command's end: the message and code of the first process
+    that gave a reason, or the fate of the first that died without one."""
+    failures = sorted(error.failures.items(), key=lambda item: item[1].timestamp)  # type: ignore[attr-defined]
+    told = [failure for _, failure in failures if failure.error_file_data.get("message")]
+    if told:
+        if told[0].exitcode == 2:
+            raise UserError(told[0].message)
+        raise RunError(told[0].message)
+    rank, failure = failures[0]
+    if failure.exitcode < 0:
+        cause = f"was killed by {failure.signal_name()}"
+        if -failure.exitcode == signal.SIGKILL:
+            cause += " (most often: the machine ran out of memory)"
+        raise RunError(f"rank {rank} {cause}")
+    print(f"error: rank {rank} ended with exit code {failure.exitcode}", file=sys.stderr)
+    return int(failure.exitcode)
+
+
+def physical_cores() -> int:
+    """Cores that this process may use; two hardware threads of a core count once."""
+    cores = set()
+    for cpu in os.sched_getaffinity(0):
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        cores.add(siblings.read_text().strip() if siblings.is_file() else str(cpu))
+    return len(cores)
+
+
+def _accelerators() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+# --------------------------------------------------------------------------------- a hostfile
+
+
+def read_hostfile(path: Path) -> dict[str, int]:
+    """Host to processes, from lines such as `worker-0 slots=8`.
+
+    Raises:
+        UserError: no such file, a line of another form, or a host twice.
+    """
+    if not path.is_file():
+        raise UserError(f"--hostfile: {path}: no such file; its lines are HOST slots=N")
+    slots: dict[str, int] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        line = line.partition("#")[0].strip()
+        if not line:
+            continue
+        match = re.fullmatch(r"(\S+)\s+slots=([1-9]\d*)", line)
+        if not match:
+            raise UserError(f'{path}:{number}: found "{line}"; expected HOST slots=N')
+        if match[1] in slots:
+            raise UserError(f"{path}:{number}: the host {match[1]} stands there twice")
+        slots[match[1]] = int(match[2])
+    if not slots:
+        raise UserError(f"{path}: names no host; its lines are HOST slots=N")
+    return slots
+
+
+def deepspeed_command(job: Job) -> list[str]:
+    """All processes on all machines of the hostfile, over ssh, by DeepSpeed's launcher."""
+    return [
+        *(sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(job.hostfile)),
+        *("--quiet", "--no_local_rank", *job.engine_options),
+        *("--module", "gradsmith", *job.train_arguments()),
+    ]
+
+
+# -------------------------------------------------------------------------------------- Slurm
+
+
+def _slurm(job: Job, recipe: Recipe, dry_run: bool) -> int:
+    recipe.training.accumulation(int(job.nnodes or 1) * int(job.nproc or 1))
+    script = sbatch_script(job, recipe)
+    if dry_run:
+        print(script, end="")
+        return 0
+    logs = Path(recipe.output) / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    path = Path(recipe.output) / "launch.sbatch"
+    path.write_text(script, encoding="utf-8")
+    if not job.submit:
+        print(f"wrote {path}; submit it with: sbatch {shlex.quote(str(path))}")
+        return 0
+    if shutil.which("sbatch") is None:
+        raise UserError(f"--submit: sbatch is not on the PATH; wrote {path}")
+    return subprocess.run(["sbatch", str(path)]).returncode
+
+
+def sbatch_script(job: Job, recipe: Recipe) -> str:
+    """A job that runs `gradsmith launch` once on each of its nodes."""
+    directives = [
+        f"job-name={recipe.name}",
+        f"nodes={job.nnodes}",
+        "ntasks-per-node=1",
+        "exclusive",
+        f"chdir={Path.cwd()}",
+        f"output={Path(recipe.output) / 'logs' / 'slurm-%j.out'}",
+        "signal=TERM@120",
+    ]
+    if job.time:
+        directives.append(f"time={job.time}")
+    if job.partition:
+        directives.append(f"partition={job.partition}")
+    directives += [line.removeprefix("--") for line in job.sbatch]
+    fresh = ["--fresh"] if job.fresh else []
+    recipe_part = shlex.join([*fresh, str(job.recipe), *job.overrides])
+    engine_part = f" -- {shlex.join(job.engine_options)}" if job.engine_options else ""
+    lines = [
+        "#!/bin/bash",
+        *(f"#SBATCH --{directive}" for directive in directives),
+        "",
+        "set -euo pipefail",
+        'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+        "port=$((20000 + SLURM_JOB_ID % 20000))",
+        "",
+        "# --cpu-bind=none: the processes of a node share all its cores.",
+        "srun --kill-on-bad-exit=1 --cpu-bind=none \\",
+        """  bash -c 'exec "$0" -m gradsmith launch --node-rank "$SLURM_NODEID" "$@"' \\""",
+        f"  {shlex.quote(sys.executable)} --nnodes {job.nnodes} --nproc {job.nproc} "
+        '--master "$head:$port" \\',
+        f"  {recipe_part}{engine_part}",
+    ]
+    return "\n".join(lines) + "\n"
