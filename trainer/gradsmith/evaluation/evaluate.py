@@ -1,0 +1,303 @@
+"""`gradsmith evaluate`: a run's model on held-out text, beside its base and beside yardsticks."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UserError
+from ..run import Run, write_json
+from .generate import Prompt, complete, encode_prompt
+
+if TYPE_CHECKING:
+    from ..data.shards import PreparedData
+    from ..recipe import Recipe
+
+ROUGE_PAIRS = 32
+
+
+def evaluate(run: Run | str | Path, *, split: str = "test") -> dict[str, Any]:
+    """Measures a run's newest checkpoint on a held-out split and writes evaluation.json.
+
+    Returns:
+        split: its name.
+        metrics: of the model, see `metrics.evaluate_split`; for chat also `rouge_l`, the mean over
+            `rouge_l_pairs` held-out pairs, evenly spaced, of ROUGE-L between the greedy answer and
+            the reference.
+        base: the same of the model that a fine-tuned run started from, or None.
+        yardsticks: {"xz": ..., "ngram": ...}, see `yardsticks`, over the bytes that the targets
+            stand for: for language modelling the held-out text, for chat the answers alone.
+        samples: [{"prompt", "output", "reference" or None, "base_output" or None}].
+        generation: how the samples were drawn.
+
+    Raises:
+        UserError: no such run or split, or nothing trained yet.
+    """
+    from ..data.shards import PreparedData
+    from ..models.build import load_for_inference
+
+    run = run if isinstance(run, Run) else Run.open(run)
+    recipe = run.recipe()
+    prepared = PreparedData.open(run.data)
+    splits = {name: s["documents"] for name, s in prepared.manifest["splits"].items()}
+    if not splits.get(split):
+        raise UserError(
+            f"split: found {split!r}; allowed are the splits of {run.data} that hold documents: "
+            + ", ".join(f"{name} ({count})" for name, count in splits.items() if count)
+        )
+    model, tokenizer = load_for_inference(run.folder)
+    metrics, drawn = _measure(model, tokenizer, recipe, prepared, split)
+    base = base_drawn = None
+    with _base(model, recipe) as base_model:
+        if base_model is not None and _covers(base_model, prepared):
+            base, base_drawn = _measure(base_model, tokenizer, recipe, prepared, split)
+    samples = [
+        {**sample, "base_output": base_drawn[place]["output"] if base_drawn else None}
+        for place, sample in enumerate(drawn)
+    ]
+    generation = recipe.evaluation.generation
+    result = {
+        "split": split,
+        "task": prepared.task,
+        "metrics": metrics,
+        "base": base,
+        "yardsticks": _yardsticks(recipe, prepared, split),
+        "samples": samples,
+        "generation": {
+            "temperature": generation.temperature,
+            "top_p": generation.top_p,
+            "max_new_tokens": generation.max_new_tokens,
+            "seed": recipe.seed,
+        },
+    }
+    write_json(run.evaluation_path, result)
+    return result
+
+
+def _measure(
+    model: Any, tokenizer: Any, recipe: Recipe, prepared: PreparedData, split: str
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The metrics of one model, and its samples."""
+    from .metrics import evaluate_split
+
+    metrics: dict[str, Any] = evaluate_split(
+        model,
+        prepared,
+        split,
+        sequence_length=recipe.data.sequence_length,
+        packing=recipe.data.packing,
+        batch=recipe.training.micro_batch,
+    )
+    chat = prepared.task == "chat"
+    generation = recipe.evaluation.generation
+
+    def answers(prompts: Sequence[Prompt], temperature: float) -> list[str]:
+        system = recipe.data.chat.system
+        ids = [encode_prompt(tokenizer, prompt, chat=chat, system=system) for prompt in prompts]
+        return complete(
+            model,
+            tokenizer,
+            ids,
+            max_new_tokens=generation.max_new_tokens,
+            temperature=temperature,
+            top_p=generation.top_p,
+            seed=recipe.seed,
+        )
+
+    def fits(prompt: Prompt) -> bool:
+        ids = encode_prompt(tokenizer, prompt, chat=chat, system=recipe.data.chat.system)
+        return len(ids) < recipe.data.sequence_length
+
+    if chat:
+        pairs = [_question_and_answer(document) for document in prepared.held_out(split)]
+        pairs = [pair for pair in pairs if fits(pair[0])]
+        chosen = _evenly(pairs, ROUGE_PAIRS)
+        if chosen:
+            outputs = answers([question for question, _ in chosen], 0.0)
+            scores = [
+                rouge_l(o, reference) for o, (_, reference) in zip(outputs, chosen, strict=True)
+            ]
+            metrics["rouge_l"] = sum(scores) / len(scores)
+            metrics["rouge_l_pairs"] = len(scores)
+    else:
+        pairs = _beginnings(tokenizer, recipe, prepared.held_out(split))
+    asked: list[tuple[Prompt, str | None]]
+    if generation.prompts:
+        asked = [(prompt, None) for prompt in generation.prompts]
+    else:
+        asked = list(_evenly(pairs, generation.count))
+    outputs = answers([prompt for prompt, _ in asked], generation.temperature)
+    samples = [
+        {"prompt": _as_text(prompt), "output": output, "reference": reference}
+        for (prompt, reference), output in zip(asked, outputs, strict=True)
+    ]
+    return metrics, samples
+
+
+@contextlib.contextmanager
+def _base(model: Any, recipe: Recipe) -> Iterator[Any]:
+    """What a fine-tuned model started from; None for one trained from nothing."""
+    from ..models.build import load_for_inference, resolve_base
+
+    if recipe.model.from_ is None:
+        yield None
+    elif hasattr(model, "disable_adapter"):
+        with model.disable_adapter():
+            yield model
+    else:
+        yield load_for_inference(resolve_base(recipe.model.from_))[0]
+
+
+def _covers(model: Any, prepared: PreparedData) -> bool:
+    """Whether a base has an embedding for every token; training may have added some."""
+    rows: int = model.get_input_embeddings().num_embeddings
+    return rows >= int(prepared.manifest["vocab_size"])
+
+
+def _yardsticks(recipe: Recipe, prepared: PreparedData, split: str) -> dict[str, Any]:
+    from .yardsticks import NGRAM_TRAIN_BYTES, ngram_bits_per_byte, xz_bits_per_byte
+
+    if not recipe.evaluation.yardsticks:
+        return {}
+    held_out = target_text(prepared, split)
+    train = target_text(prepared, "train", at_most=NGRAM_TRAIN_BYTES, seed=recipe.seed)
+    functions = {"xz": xz_bits_per_byte, "ngram": ngram_bits_per_byte}
+    found = {name: functions[name](train, held_out) for name in recipe.evaluation.yardsticks}
+    return {name: {**values, "bytes": len(held_out)} for name, values in found.items()}
+
+
+def target_text(
+    prepared: PreparedData, split: str, *, at_most: int | None = None, seed: int = 0
+) -> bytes:
+    """The bytes that a split's targets stand for, documents one behind the other.
+
+    With `at_most`, whole documents in a seeded random order until there are that many bytes, so
+    that a part of a large split speaks for all of it; without, all documents in their order.
+    """
+    import numpy as np
+
+    tokens_of = prepared.split(split)
+    token_bytes, tokenizer = prepared.token_bytes(), prepared.tokenizer()
+    order: Sequence[int] = range(len(tokens_of))
+    if at_most is not None:
+        order = np.random.default_rng(seed).permutation(len(tokens_of)).tolist()
+    parts: list[bytes] = []
+    size = 0
+    for index in order:
+        tokens, is_target = tokens_of.document(index)
+        wanted = tokens[np.asarray(is_target, dtype=bool) & (token_bytes[tokens] > 0)]
+        text = tokenizer.decode(wanted.tolist(), clean_up_tokenization_spaces=False)
+        parts.append(text.encode())
+        size += len(parts[-1])
+        if at_most is not None and size >= at_most:
+            break
+    return b"".join(parts)[:at_most]
+
+
+def _beginnings(
+    tokenizer: Any, recipe: Recipe, documents: Sequence[dict[str, Any]]
+) -> list[tuple[Prompt, str | None]]:
+    """Held-out documents as (beginning, how it went on), where they are long enough."""
+    begin = max(1, min(64, recipe.data.sequence_length // 4))
+    go_on = recipe.evaluation.generation.max_new_tokens
+    pairs: list[tuple[Prompt, str | None]] = []
+    for document in _evenly(documents, 4 * recipe.evaluation.generation.count):
+        ids = tokenizer.encode(document["text"], add_special_tokens=False)
+        if len(ids) >= 2 * begin:
+            beginning, rest = ids[:begin], ids[begin : begin + go_on]
+            pairs.append((tokenizer.decode(beginning), tokenizer.decode(rest)))
+    return pairs
+
+
+def _question_and_answer(document: dict[str, Any]) -> tuple[Prompt, str]:
+    if "messages" not in document:
+        return document["prompt"], document["response"]
+    messages = document["messages"]
+    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    return messages[:last], messages[last]["content"]
+
+
+def _as_text(prompt: Prompt) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1:
+        return prompt[0]["content"]
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def _evenly(items: Sequence[Any], count: int) -> list[Any]:
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def rouge_l(text: str, reference: str) -> float:
+    """ROUGE-L (Lin 2004): F1 over the longest common subsequence of lower-cased words, 0 to 1."""
+    words, expected = (re.findall(r"\w+", t.lower()) for t in (text, reference))
+    if not words or not expected:
+        return float(words == expected)
+    row = [0] * (len(expected) + 1)
+    for word in words:
+        diagonal = 0
+        for i, other in enumerate(expected, 1):
+            longest = diagonal + 1 if word == other else max(row[i], row[i - 1])
+            diagonal, row[i] = row[i], longest
+    return 2 * row[-1] / (len(words) + len(expected))
+
+
+def format_evaluation(result: dict[str, Any]) -> Any:
+    """An evaluation as a rich table: a row for the model, its base and each yardstick."""
+    from rich.table import Table
+
+    model, base = result["metrics"], result.get("base")
+    rouge = "rouge_l" in model
+    table = Table(
+        title=f"{result['split']} split: {model['target_tokens']:,} target tokens, "
+        f"{model['bytes']:,} bytes",
+        title_justify="left",
+    )
+    table.add_column("")
+    columns = ["bits per byte", "loss (nats/token)", "perplexity", "accuracy"]
+    for column in [*columns, *(["ROUGE-L"] if rouge else [])]:
+        table.add_column(column, justify="right")
+
+    def row(name: str, metrics: dict[str, Any], style: str | None = None) -> None:
+        table.add_row(
+            name,
+            f"{metrics['bits_per_byte']:.3f}",
+            f"{metrics['loss']:.3f}",
+            f"{metrics['perplexity']:.4g}",
+            f"{metrics['accuracy']:.1%}",
+            *([f"{metrics['rouge_l']:.3f}"] if "rouge_l" in metrics else []),
+            style=style,
+        )
+
+    row("fine-tuned" if base else "model", model, "bold")
+    if base:
+        row("base", base)
+    for name, value in yardstick_rows(result):
+        table.add_row(name, f"{value:.3f}")
+    return table
+
+
+def yardstick_rows(result: dict[str, Any]) -> list[tuple[str, float]]:
+    """(what it is, bits per byte) of each yardstick of an evaluation."""
+    rows = []
+    yardsticks = result.get("yardsticks") or {}
+    if "xz" in yardsticks:
+        xz = yardsticks["xz"]
+        rows.append(("xz -9e", xz["bits_per_byte"]))
+        if xz["primed_bits_per_byte"] is not None:
+            size = _megabytes(xz["train_bytes"])
+            rows.append((f"xz -9e behind {size} of training text", xz["primed_bits_per_byte"]))
+    if "ngram" in yardsticks:
+        ngram = yardsticks["ngram"]
+        name = f"byte {ngram['order']}-gram (Kneser-Ney, {_megabytes(ngram['train_bytes'])})"
+        rows.append((name, ngram["bits_per_byte"]))
+    return rows
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"

@@ -1,0 +1,154 @@
+"""Text from a trained model: transformers' own generation with its key/value cache, seeded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+
+Prompt = str | list[dict[str, str]]
+"""Text to continue or to answer, or a conversation as a list of {"role", "content"}."""
+
+BATCH = 16
+
+
+def generate(
+    path: str | Path,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.7,
+    top_p: float = 0.95,
+    seed: int = 0,
+    chat: bool | None = None,
+) -> list[str]:
+    """What the model at `path` says to each prompt. Equal arguments give equal texts.
+
+    Args:
+        path: a run's folder, a checkpoint, a Hugging Face folder or an adapter folder.
+        prompts: texts to continue, or, for a chat model, to answer.
+        max_new_tokens: at most this many; the end-of-sequence token ends a text before.
+        temperature: 0 takes the likeliest token each time.
+        top_p: draw from the likeliest tokens that have this much probability together.
+        seed: of the drawing.
+        chat: put prompts through the chat template. None: as the run was trained, and for a
+            folder that is no run, if its tokenizer has a template.
+
+    Raises:
+        UserError: no model there, a prompt too long for it, or chat without a template.
+    """
+    from ..models.build import load_for_inference
+    from ..run import Run
+
+    if not prompts:
+        raise UserError("generate: no prompt given; pass at least one text")
+    model, tokenizer = load_for_inference(path)
+    system = None
+    run = Run(path)
+    if run.recipe_path.is_file():
+        data = run.recipe().data
+        chat = data.task == "chat" if chat is None else chat
+        system = data.chat.system
+    elif chat is None:
+        chat = tokenizer.chat_template is not None
+    return complete(
+        model,
+        tokenizer,
+        [encode_prompt(tokenizer, prompt, chat=chat, system=system) for prompt in prompts],
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+    )
+
+
+def encode_prompt(
+    tokenizer: Any, prompt: Prompt, *, chat: bool, system: str | None = None
+) -> list[int]:
+    """Token ids of a prompt as the model met them in training: BOS, or the chat template."""
+    if not chat:
+        assert isinstance(prompt, str)
+        bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        return bos + list(tokenizer.encode(prompt, add_special_tokens=False))
+    if tokenizer.chat_template is None:
+        raise UserError("chat: this model's tokenizer has no chat template; generate without chat")
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    if system is not None and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system})
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    return list(ids)
+
+
+def complete(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+) -> list[str]:
+    """The new text behind each prompt of token ids, without special tokens.
+
+    A text depends on its own prompt, the seed and its place in the list. The caller's random
+    state is left as it was.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    room = getattr(model.config, "max_position_embeddings", None)
+    for prompt in prompts:
+        if room is not None and len(prompt) >= room:
+            raise UserError(
+                f"prompt: {len(prompt)} tokens; this model takes at most {room - 1} and one new one"
+            )
+    device = next(model.parameters()).device
+    eos = {tokenizer.eos_token_id, *_as_list(model.generation_config.eos_token_id)} - {None}
+    pad = tokenizer.pad_token_id
+    if pad is None:
+        pad = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    texts = []
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            for start in range(0, len(prompts), BATCH):
+                rows = prompts[start : start + BATCH]
+                longest = max(len(row) for row in rows)
+                ids = torch.full((len(rows), longest), pad, dtype=torch.int64)
+                mask = torch.zeros_like(ids)
+                for target, is_token, row in zip(ids, mask, rows, strict=True):
+                    target[longest - len(row) :] = torch.tensor(row)
+                    is_token[longest - len(row) :] = 1
+                new = max_new_tokens if room is None else min(max_new_tokens, room - longest)
+                config = GenerationConfig(
+                    max_new_tokens=new,
+                    eos_token_id=sorted(eos) or None,
+                    pad_token_id=pad,
+                    use_cache=True,
+                    **(sampling if temperature > 0 else {"do_sample": False}),
+                )
+                with torch.no_grad():
+                    out = model.generate(
+                        input_ids=ids.to(device),
+                        attention_mask=mask.to(device),
+                        generation_config=config,
+                    )
+                texts += [
+                    tokenizer.decode(
+                        row[longest:], skip_special_tokens=True, clean_up_tokenization_spaces=False
+                    )
+                    for row in out.tolist()
+                ]
+    finally:
+        model.train(was_training)
+    return texts
+
+
+def _as_list(value: int | list[int] | None) -> list[int]:
+    return [] if value is None else value if isinstance(value, list) else [value]
