@@ -5,17 +5,21 @@ Of several processes only rank 0 prints.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Table
 
 PLAIN_EVERY = 10.0  # seconds between two plain progress lines
+
+_stream: TextIO | None = None  # where people read, while `quiet` has taken over standard output
 
 
 def is_main() -> bool:
@@ -23,34 +27,46 @@ def is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+@contextlib.contextmanager
+def quiet(log: Path) -> Iterator[None]:
+    """Sends standard output and error to `log`, except for what this module prints.
+
+    On the level of file descriptors, because what floods a terminal (DeepSpeed, gloo, compilers)
+    writes from C++ and from child processes too. An exception leaves the block before it is shown,
+    so error messages reach the terminal.
+    """
+    global _stream
+    log.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    with log.open("a") as file, os.fdopen(os.dup(1), "w", buffering=1) as _stream:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for fd, original in zip((1, 2), saved, strict=True):
+                os.dup2(original, fd)
+                os.close(original)
+            _stream = None
+
+
 def say(text: str) -> None:
     """Prints a line of plain text (no markup)."""
     if is_main():
-        Console(soft_wrap=True).print(text, markup=False, highlight=False)
+        Console(file=_stream, soft_wrap=True).print(text, markup=False, highlight=False)
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints a table; the first column holds names, the others are aligned right."""
-    if not is_main():
-        return
-    console = Console()
-    if console.is_terminal:
-        shown = Table(title=title, title_justify="left", title_style="bold")
-        for number, column in enumerate(columns):
-            shown.add_column(column, justify="right" if number else "left", no_wrap=number > 0)
-        for row in rows:
-            shown.add_row(*row)
-        console.print(shown, markup=False)
-        return
-    cells = [list(columns), *map(list, rows)]
-    widths = [max(len(row[number]) for row in cells) for number in range(len(columns))]
-    print(title)
-    for row in cells:
-        aligned = (
-            cell.rjust(width) if number else cell.ljust(width)
-            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        print("  " + "  ".join(aligned).rstrip())
+def show(renderable: RenderableType) -> None:
+    """Prints a rich renderable, on wide lines where nobody's window sets the width."""
+    if is_main():
+        console = Console(file=_stream, markup=False)
+        if not console.is_terminal:
+            console = Console(file=_stream, markup=False, width=160)
+        console.print(renderable)
 
 
 def duration(seconds: float) -> str:
@@ -87,7 +103,7 @@ class TrainingProgress:
         self._total_steps = total_steps
         self._start_step = self._step = start_step
         self._seconds = minutes * 60 if minutes is not None else None
-        self._console = Console(quiet=not is_main(), soft_wrap=True)
+        self._console = Console(file=_stream, quiet=not is_main(), soft_wrap=True)
         self._rich: Progress | None = None
         self._began = self._said = time.monotonic()
         self._unsaid = ""
