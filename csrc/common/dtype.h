@@ -1,0 +1,222 @@
+// Element types and the vector type that every CPU kernel is written in.
+//
+// A kernel body is written once, against `Vec` (16 float lanes), and compiled once per instruction
+// set: GCC's and Clang's vector extension turns the same arithmetic into SSE2 or NEON (portable),
+// two ymm registers (AVX2) or one zmm register (AVX-512). Only conversions and the square root need
+// intrinsics. All levels therefore add in the same order, and differ only in fused multiply-adds.
+//
+// Everything here sits in an anonymous namespace, and the files compiled with -mavx2 or -mavx512*
+// use no inline function or template of the standard library. Otherwise the linker could keep, of
+// several identical weak symbols, the copy that was compiled for AVX-512, and portable code calling
+// it would die with SIGILL on an older CPU.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+// The codes that Python passes (gradsmith_kernels/native.py holds the same table).
+enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+namespace {
+
+constexpr int kLanes = 16;
+typedef float Vec __attribute__((vector_size(64)));
+typedef uint32_t Bits __attribute__((vector_size(64)));
+typedef uint16_t Half __attribute__((vector_size(32)));
+
+inline Vec splat(float value) { return value - Vec{}; }
+
+inline Bits bits(Vec v) { return reinterpret_cast<Bits>(v); }
+
+// a * b + c, rounded once where the instruction set has FMA.
+inline Vec fma(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  union U {
+    Vec v;
+    __m256 half[2];
+  } x{a}, y{b}, z{c};
+  z.half[0] = _mm256_fmadd_ps(x.half[0], y.half[0], z.half[0]);
+  z.half[1] = _mm256_fmadd_ps(x.half[1], y.half[1], z.half[1]);
+  return z.v;
+#else
+  return a * b + c;
+#endif
+}
+
+inline Vec square_root(Vec v) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_sqrt_ps((__m512)v);
+#elif defined(__AVX2__)
+  union U {
+    Vec v;
+    __m256 half[2];
+  } x{v};
+  x.half[0] = _mm256_sqrt_ps(x.half[0]);
+  x.half[1] = _mm256_sqrt_ps(x.half[1]);
+  return x.v;
+#else
+  for (int i = 0; i < kLanes; ++i) v[i] = __builtin_sqrtf(v[i]);
+  return v;
+#endif
+}
+
+// The lanes' sum, always by the same tree.
+inline float sum(Vec v) {
+  float lane[kLanes];
+  memcpy(lane, &v, sizeof v);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+  return lane[0];
+}
+
+// IEEE binary16 -> binary32 in integer arithmetic, for CPUs without F16C.
+inline float half_to_float(uint16_t h) {
+  const uint32_t sign = uint32_t(h & 0x8000) << 16;
+  uint32_t exponent = (h >> 10) & 0x1f, mantissa = h & 0x3ff, out;
+  if (exponent == 0x1f) {
+    out = sign | 0x7f800000 | (mantissa << 13);
+  } else if (exponent == 0) {  // zero or subnormal: the value is mantissa * 2^-24, exact in binary32
+    float value = float(mantissa) * 0x1p-24f;
+    memcpy(&out, &value, 4);
+    out |= sign;
+  } else {
+    out = sign | ((exponent + 112) << 23) | (mantissa << 13);
+  }
+  float result;
+  memcpy(&result, &out, 4);
+  return result;
+}
+
+// binary32 -> binary16, to nearest even; overflow gives infinity, NaN stays NaN.
+inline uint16_t float_to_half(float value) {
+  uint32_t u;
+  memcpy(&u, &value, 4);
+  const uint16_t sign = uint16_t((u >> 16) & 0x8000);
+  u &= 0x7fffffff;
+  if (u > 0x7f800000) return uint16_t(sign | 0x7e00);
+  if (u >= 0x47800000) return uint16_t(sign | 0x7c00);  // 65536 and above
+  if (u < 0x38800000) {
+    // Below 2^-14 the result is subnormal: adding 0.5 leaves the rounded mantissa in the low bits.
+    float magnitude;
+    memcpy(&magnitude, &u, 4);
+    magnitude += 0.5f;
+    memcpy(&u, &magnitude, 4);
+    return uint16_t(sign | (u - 0x3f000000));
+  }
+  u += 0xfff + ((u >> 13) & 1);  // may carry into the exponent, up to infinity: that is the rounding
+  return uint16_t(sign | ((u - 0x38000000) >> 13));
+}
+
+struct F32 {
+  using T = float;
+  using Packed = Vec;
+  static Packed narrow(Vec v) { return v; }
+  static Vec widen(Packed p) { return p; }
+};
+
+struct BF16 {
+  using T = uint16_t;
+  using Packed = Half;
+
+  // To nearest even, NaN kept. AVX512_BF16's own conversion is left aside on purpose: it flushes
+  // subnormal numbers to zero, so the bits would depend on the CPU.
+  static Packed narrow(Vec v) {
+    const Bits u = bits(v);
+    const Bits rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    const Bits nan = (u >> 16) | 0x40;
+    const Bits out = (u & 0x7fffffff) > 0x7f800000 ? nan : rounded;
+#if defined(__AVX512F__)
+    return (Half)_mm512_cvtepi32_epi16((__m512i)out);
+#elif defined(__AVX2__)
+    union U {
+      Bits v;
+      __m256i half[2];
+    } o{out};
+    return (Half)_mm256_permute4x64_epi64(_mm256_packus_epi32(o.half[0], o.half[1]), 0xd8);
+#else
+    return __builtin_convertvector(out, Half);
+#endif
+  }
+
+  static Vec widen(Packed p) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)p), 16);
+#elif defined(__AVX2__)
+    union U {
+      __m256i half[2];
+      Vec v;
+    } o;
+    const __m256i h = (__m256i)p;
+    o.half[0] = _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(h)), 16);
+    o.half[1] = _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm256_extracti128_si256(h, 1)), 16);
+    return o.v;
+#else
+    return reinterpret_cast<Vec>(__builtin_convertvector(p, Bits) << 16);
+#endif
+  }
+};
+
+struct F16 {
+  using T = uint16_t;
+  using Packed = Half;
+
+  static Packed narrow(Vec v) {
+#if defined(__AVX512F__)
+    return (Half)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__AVX2__)
+    union U {
+      Vec v;
+      __m256 half[2];
+    } x{v};
+    const __m128i lo = _mm256_cvtps_ph(x.half[0], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m128i hi = _mm256_cvtps_ph(x.half[1], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return (Half)_mm256_set_m128i(hi, lo);
+#else
+    Half out;
+    for (int i = 0; i < kLanes; ++i) out[i] = float_to_half(v[i]);
+    return out;
+#endif
+  }
+
+  static Vec widen(Packed p) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_cvtph_ps((__m256i)p);
+#elif defined(__AVX2__)
+    union U {
+      __m256 half[2];
+      Vec v;
+    } o;
+    const __m256i h = (__m256i)p;
+    o.half[0] = _mm256_cvtph_ps(_mm256_castsi256_si128(h));
+    o.half[1] = _mm256_cvtph_ps(_mm256_extracti128_si256(h, 1));
+    return o.v;
+#else
+    Vec out;
+    for (int i = 0; i < kLanes; ++i) out[i] = half_to_float(p[i]);
+    return out;
+#endif
+  }
+};
+
+// Loads and stores `count` elements; the other lanes read as zero and are not written. A row's tail so
+// goes through the very same arithmetic as its body, where `count` is a constant that folds away.
+template <class D>
+inline Vec load(const typename D::T* from, int64_t count = kLanes) {
+  typename D::Packed packed{};
+  memcpy(&packed, from, size_t(count) * sizeof(typename D::T));
+  return D::widen(packed);
+}
+
+template <class D>
+inline void store(typename D::T* to, Vec v, int64_t count = kLanes) {
+  const typename D::Packed packed = D::narrow(v);
+  memcpy(to, &packed, size_t(count) * sizeof(typename D::T));
+}
+
+}  // namespace

@@ -1,0 +1,189 @@
+// The kernel bodies. Included once by rms_norm_{portable,avx2,avx512}.cpp, each compiled with its
+// own flags. A row is read from memory once; its second pass finds it in the L1 or L2 cache.
+#pragma once
+
+#include "common/dtype.h"
+#include "rms_norm/rms_norm.h"
+
+namespace {
+
+template <class X, class W, bool kResidual>
+struct Forward {
+  using T = typename X::T;
+
+  static void row(const RmsNormForward& a, int64_t i) {
+    const T* x = static_cast<const T*>(a.x) + i * a.x_stride;
+    const T* residual = kResidual ? static_cast<const T*>(a.residual) + i * a.residual_stride : x;
+    T* h = kResidual ? static_cast<T*>(a.h) + i * a.cols : nullptr;
+    T* y = static_cast<T*>(a.y) + i * a.cols;
+    const typename W::T* weight = static_cast<const typename W::T*>(a.weight);
+    const int64_t cols = a.cols;
+
+    const auto square = [&](int64_t j, int64_t n, Vec into) {
+      Vec v = load<X>(x + j, n);
+      if (kResidual) {
+        // h is rounded to x's dtype before it is normalised: what is normalised is then exactly what
+        // the next layer reads as its residual and what the backward pass sees.
+        const typename X::Packed packed = X::narrow(v + load<X>(residual + j, n));
+        memcpy(h + j, &packed, size_t(n) * sizeof(T));
+        v = X::widen(packed);
+      }
+      return fma(v, v, into);
+    };
+    // Four sums, so that one addition need not wait for the one before it.
+    Vec s[4] = {};
+    int64_t j = 0;
+    for (; j + 4 * kLanes <= cols; j += 4 * kLanes)
+      for (int k = 0; k < 4; ++k) s[k] = square(j + k * kLanes, kLanes, s[k]);
+    for (; j + kLanes <= cols; j += kLanes) s[0] = square(j, kLanes, s[0]);
+    if (j < cols) s[1] = square(j, cols - j, s[1]);
+    // The row's scalar in double: it scales the whole row, so its error would too.
+    const double total = sum((s[0] + s[1]) + (s[2] + s[3]));
+    const float rstd = float(1.0 / __builtin_sqrt(total / double(cols) + a.eps));
+    a.rstd[i] = rstd;
+
+    const T* from = kResidual ? h : x;
+    const auto normalize = [&](int64_t j, int64_t n) {
+      store<X>(y + j, load<X>(from + j, n) * rstd * load<W>(weight + j, n), n);
+    };
+    for (j = 0; j + kLanes <= cols; j += kLanes) normalize(j, kLanes);
+    if (j < cols) normalize(j, cols - j);
+  }
+
+  static void rows(const RmsNormForward& a, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) row(a, i);
+  }
+};
+
+// With g = dy * weight and c = rstd^3 * mean(g * h):  dx = g * rstd - h * c (+ dh),
+// dweight = sum over rows of dy * h * rstd.
+template <class X, class W, bool kUpstream, bool kWeight>
+struct Backward {
+  using T = typename X::T;
+
+  static void row(const RmsNormBackward& a, int64_t i, float* partial) {
+    const T* dy = static_cast<const T*>(a.dy) + i * a.dy_stride;
+    const T* dh = kUpstream ? static_cast<const T*>(a.dh) + i * a.dh_stride : nullptr;
+    const T* h = static_cast<const T*>(a.h) + i * a.h_stride;
+    T* dx = static_cast<T*>(a.dx) + i * a.cols;
+    const typename W::T* weight = static_cast<const typename W::T*>(a.weight);
+    const int64_t cols = a.cols;
+    const float rstd = a.rstd[i];
+
+    const auto product = [&](int64_t j, int64_t n, Vec into) {
+      return fma(load<X>(dy + j, n) * load<W>(weight + j, n), load<X>(h + j, n), into);
+    };
+    Vec s[4] = {};
+    int64_t j = 0;
+    for (; j + 4 * kLanes <= cols; j += 4 * kLanes)
+      for (int k = 0; k < 4; ++k) s[k] = product(j + k * kLanes, kLanes, s[k]);
+    for (; j + kLanes <= cols; j += kLanes) s[0] = product(j, kLanes, s[0]);
+    if (j < cols) s[1] = product(j, cols - j, s[1]);
+    const double dot = sum((s[0] + s[1]) + (s[2] + s[3]));
+    const float c = float(double(rstd) * rstd * rstd * (dot / double(cols)));
+
+    const auto gradients = [&](int64_t j, int64_t n) {
+      const Vec d = load<X>(dy + j, n) * rstd, v = load<X>(h + j, n);
+      Vec out = fma(d, load<W>(weight + j, n), v * -c);
+      if (kUpstream) out += load<X>(dh + j, n);
+      store<X>(dx + j, out, n);
+      if (kWeight) store<F32>(partial + j, fma(d, v, load<F32>(partial + j, n)), n);
+    };
+    for (j = 0; j + kLanes <= cols; j += kLanes) gradients(j, kLanes);
+    if (j < cols) gradients(j, cols - j);
+  }
+
+  static void blocks(const RmsNormBackward& a, int64_t begin, int64_t end) {
+    const int64_t block_rows = rms_norm_block_rows(a.rows);
+    for (int64_t block = begin; block < end; ++block) {
+      float* partial = kWeight ? a.partial + block * a.cols : nullptr;
+      if (kWeight) memset(partial, 0, size_t(a.cols) * sizeof(float));
+      const int64_t first = block * block_rows, past = first + block_rows;
+      for (int64_t i = first; i < (past < a.rows ? past : a.rows); ++i) row(a, i, partial);
+    }
+  }
+};
+
+template <class W>
+void dweight_columns(const RmsNormBackward& a, int64_t begin, int64_t end) {
+  typename W::T* dweight = static_cast<typename W::T*>(a.dweight);
+  const int64_t block_rows = rms_norm_block_rows(a.rows);
+  const int64_t blocks = (a.rows + block_rows - 1) / block_rows;
+  for (int64_t j = begin; j < end; j += kLanes) {
+    const int64_t n = end - j < kLanes ? end - j : kLanes;
+    Vec total = {};
+    for (int64_t block = 0; block < blocks; ++block)
+      total += load<F32>(a.partial + block * a.cols + j, n);
+    store<W>(dweight + j, total, n);
+  }
+}
+
+template <class X, class W>
+void forward_typed(const RmsNormForward& a, int64_t begin, int64_t end) {
+  if (a.residual)
+    Forward<X, W, true>::rows(a, begin, end);
+  else
+    Forward<X, W, false>::rows(a, begin, end);
+}
+
+template <class X, class W>
+void backward_typed(const RmsNormBackward& a, int64_t begin, int64_t end) {
+  if (a.dh && a.partial)
+    Backward<X, W, true, true>::blocks(a, begin, end);
+  else if (a.dh)
+    Backward<X, W, true, false>::blocks(a, begin, end);
+  else if (a.partial)
+    Backward<X, W, false, true>::blocks(a, begin, end);
+  else
+    Backward<X, W, false, false>::blocks(a, begin, end);
+}
+
+template <class X>
+void forward_weight(const RmsNormForward& a, int weight_dtype, int64_t begin, int64_t end) {
+  if (weight_dtype == kFloat32)
+    forward_typed<X, F32>(a, begin, end);
+  else if (weight_dtype == kBFloat16)
+    forward_typed<X, BF16>(a, begin, end);
+  else
+    forward_typed<X, F16>(a, begin, end);
+}
+
+template <class X>
+void backward_weight(const RmsNormBackward& a, int weight_dtype, int64_t begin, int64_t end) {
+  if (weight_dtype == kFloat32)
+    backward_typed<X, F32>(a, begin, end);
+  else if (weight_dtype == kBFloat16)
+    backward_typed<X, BF16>(a, begin, end);
+  else
+    backward_typed<X, F16>(a, begin, end);
+}
+
+void forward(const RmsNormForward& a, int x_dtype, int weight_dtype, int64_t begin, int64_t end) {
+  if (x_dtype == kFloat32)
+    forward_weight<F32>(a, weight_dtype, begin, end);
+  else if (x_dtype == kBFloat16)
+    forward_weight<BF16>(a, weight_dtype, begin, end);
+  else
+    forward_weight<F16>(a, weight_dtype, begin, end);
+}
+
+void backward(const RmsNormBackward& a, int x_dtype, int weight_dtype, int64_t begin,
+              int64_t end) {
+  if (x_dtype == kFloat32)
+    backward_weight<F32>(a, weight_dtype, begin, end);
+  else if (x_dtype == kBFloat16)
+    backward_weight<BF16>(a, weight_dtype, begin, end);
+  else
+    backward_weight<F16>(a, weight_dtype, begin, end);
+}
+
+void dweight(const RmsNormBackward& a, int weight_dtype, int64_t begin, int64_t end) {
+  if (weight_dtype == kFloat32)
+    dweight_columns<F32>(a, begin, end);
+  else if (weight_dtype == kBFloat16)
+    dweight_columns<BF16>(a, begin, end);
+  else
+    dweight_columns<F16>(a, begin, end);
+}
+
+}  // namespace

@@ -1,0 +1,53 @@
+from collections.abc import Sequence
+
+def isa_levels() -> list[str]: ...
+def isa() -> str: ...
+def set_isa(name: str) -> None: ...
+def parallel_runtime() -> str: ...
+def rms_norm_forward(
+    x: int,
+    x_stride: int,
+    residual: int,
+    residual_stride: int,
+    weight: int,
+    y: int,
+    h: int,
+    rstd: int,
+    rows: int,
+    cols: int,
+    eps: float,
+    x_dtype: int,
+    weight_dtype: int,
+    threads: int,
+    /,
+) -> None: ...
+def rms_norm_backward(
+    dy: int,
+    dy_stride: int,
+    dh: int,
+    dh_stride: int,
+    h: int,
+    h_stride: int,
+    weight: int,
+    rstd: int,
+    dx: int,
+    partial: int,
+    dweight: int,
+    rows: int,
+    cols: int,
+    x_dtype: int,
+    weight_dtype: int,
+    threads: int,
+    /,
+) -> None: ...
+def rms_norm_block_rows(rows: int, /) -> int: ...
+def adamw_step(
+    tensors: Sequence[tuple[int, int, int, int, int, int, int, float]],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    threads: int,
+    /,
+) -> None: ...

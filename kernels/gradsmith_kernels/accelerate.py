@@ -1,0 +1,141 @@
+"""Puts gradsmith's kernels under a transformers model, in place and undoable.
+
+A module is replaced by giving it a subclass of its own class with another `forward`. Parameters,
+state-dict names, hooks, `isinstance` and saving stay as they were.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from gradsmith_kernels import backends
+from gradsmith_kernels.rms_norm import rms_norm
+from gradsmith_kernels.rms_norm.op import FLOATS, OP
+
+__all__ = ["Report", "accelerate"]
+
+# Classes of transformers whose forward is y = weight * (x / rms(x)), with `variance_epsilon`.
+# Others that are called RMSNorm scale by 1 + weight (Gemma) or gate the input (Mamba).
+_RMS_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
+
+
+@dataclass
+class Report:
+    """What `accelerate` did to a model.
+
+    replaced: module name -> (op, backend) that now computes it.
+    left_alone: module name -> why it was not replaced, for modules that look as if they could be.
+    """
+
+    replaced: dict[str, tuple[str, str]] = field(default_factory=dict)
+    left_alone: dict[str, str] = field(default_factory=dict)
+    _originals: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list, repr=False)
+
+    def undo(self) -> None:
+        """Gives every replaced module its own forward back."""
+        for module, original in self._originals:
+            module.__class__ = original
+        self._originals.clear()
+
+    def __str__(self) -> str:
+        lines = [f"{name}: {op} ({backend})" for name, (op, backend) in self.replaced.items()]
+        lines += [f"{name}: left alone, {reason}" for name, reason in self.left_alone.items()]
+        return "\n".join(lines) or "no module that gradsmith_kernels could replace"
+
+
+def accelerate(
+    model: nn.Module,
+    *,
+    only: Collection[str] | None = None,
+    without: Collection[str] | None = None,
+) -> Report:
+    """Replaces what gradsmith has kernels for inside a transformers model.
+
+    Today that is `rms_norm`, under Llama, Mistral, Qwen2 and Qwen3 models (with frozen weights too,
+    whose gradient is then not computed). The loss and the gradients stay those of the untouched
+    model to rounding. Modules already replaced are left alone, so calling it twice is harmless.
+
+    Args:
+        model: a model of transformers, on its device and with its weights loaded.
+        only: op names to use; None for all.
+        without: op names not to use.
+
+    Raises:
+        ValueError: `only` or `without` names an unknown op.
+    """
+    ops = {"rms_norm": _accelerate_rms_norm}
+    for argument, names in (("only", only), ("without", without)):
+        for name in names or ():
+            if name not in ops:
+                nearest = difflib.get_close_matches(name, ops, 1)
+                hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+                raise ValueError(
+                    f"accelerate: {argument} names {name!r}, not one of {[*ops]}{hint}"
+                )
+    report = Report()
+    for op, replace in ops.items():
+        if (only is None or op in only) and op not in (without or ()):
+            for name, module in model.named_modules():
+                replace(name, module, report)
+    return report
+
+
+def _accelerate_rms_norm(name: str, module: nn.Module, report: Report) -> None:
+    cls = type(module)
+    if issubclass(cls, _Accelerated):
+        report.left_alone[name] = "already accelerated"
+    elif cls.__name__.endswith("RMSNorm"):
+        reason = _unfit_rms_norm(module)
+        if reason:
+            report.left_alone[name] = reason
+        else:
+            backend = OP.resolve(None, module.weight.device.type, module.weight.dtype)
+            module.__class__ = _subclass(cls)
+            report.replaced[name] = ("rms_norm", backend)
+            report._originals.append((module, cls))
+
+
+def _unfit_rms_norm(module: nn.Module) -> str | None:
+    """Why a module called ...RMSNorm is not one that `rms_norm` can stand in for."""
+    cls = type(module)
+    weight = getattr(module, "weight", None)
+    if not cls.__module__.startswith("transformers.models.") or cls.__name__ not in _RMS_NORMS:
+        return f"{cls.__name__} is not a class whose formula is known to be RMSNorm's"
+    if not isinstance(weight, Tensor) or not hasattr(module, "variance_epsilon"):
+        return "it has no weight and variance_epsilon"
+    if weight.device.type == "meta":
+        return "its weight is on the meta device: accelerate the model after loading it"
+    if weight.dtype not in FLOATS:
+        return f"its weight is {weight.dtype} (quantised, or beyond what the kernels take)"
+    try:
+        OP.resolve(None, weight.device.type, weight.dtype)
+    except backends.BackendError as error:
+        return str(error)
+    return None
+
+
+class _Accelerated:
+    """Marks the subclasses that `accelerate` makes."""
+
+
+_subclasses: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _subclass(cls: type[nn.Module]) -> type[nn.Module]:
+    if cls not in _subclasses:
+        original: Callable[[nn.Module, Tensor], Tensor] = cls.forward
+
+        def forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
+            # Where the dtypes differ, the module's own result has the wider one.
+            if torch.promote_types(hidden_states.dtype, self.weight.dtype) != hidden_states.dtype:
+                return original(self, hidden_states)
+            return rms_norm(hidden_states, self.weight, eps=self.variance_epsilon)
+
+        name = f"Accelerated{cls.__name__}"
+        _subclasses[cls] = type(name, (_Accelerated, cls), {"forward": forward})
+    return _subclasses[cls]

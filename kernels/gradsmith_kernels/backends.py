@@ -1,0 +1,145 @@
+"""The four backends, what this machine has of them, and the choice between them.
+
+A backend of an op is a module with the op's functions:
+
+- `reference`  plain PyTorch, any device and any floating dtype: the definition;
+- `cpu`        the C++ kernels of the native module, on the CPU;
+- `triton`     Triton kernels, on the GPU (and, under TRITON_INTERPRET=1, in its interpreter);
+- `cuda`       CUDA C++ kernels, where they beat Triton.
+
+With `backend=None` the tensor's device and dtype decide: the op's kernels for that device, or the
+reference for a dtype which no kernel takes (float64). Nothing falls back silently: a backend that
+is asked for, or that the device calls for, and is not there raises with the reason.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+_PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for that this machine, or this op, does not have."""
+
+
+def interpreting() -> bool:
+    """Whether Triton's kernels run in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def missing(backend: str) -> str | None:
+    """Why this machine does not have `backend`; None if it has it."""
+    if backend == "cpu":
+        try:
+            importlib.import_module("gradsmith_kernels._native")
+        except ImportError as error:
+            return f"the native module is not built ({error}): run pip install -e . with a compiler"
+    elif backend == "triton":
+        try:
+            importlib.import_module("triton")
+        except ImportError as error:
+            return f"triton cannot be imported ({error})"
+        if not torch.cuda.is_available() and not interpreting():
+            return "torch finds no GPU"
+    elif backend == "cuda" and not torch.cuda.is_available():
+        return "torch finds no GPU"
+    return None
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One backend of one op: the module that holds it, and the dtypes it takes."""
+
+    module: str
+    dtypes: tuple[torch.dtype, ...]
+
+
+class Op:
+    """An op's table backend -> implementation, and the choice from it."""
+
+    def __init__(self, name: str, implementations: Mapping[str, Implementation]) -> None:
+        self.name = name
+        self.implementations = dict(implementations)
+
+    def missing(self, backend: str) -> str | None:
+        """Why `backend` cannot run this op here; None if it can."""
+        if backend not in self.implementations:
+            return f"{self.name} has no {backend} implementation"
+        return missing(backend)
+
+    def choose(self, backend: str | None, device: torch.device, dtype: torch.dtype) -> ModuleType:
+        """The module that runs this op for tensors of `dtype` on `device`."""
+        return _load(self, self.resolve(backend, device.type, dtype))
+
+    def resolve(self, backend: str | None, device: str, dtype: torch.dtype) -> str:
+        """The backend's name: `backend` if it is given and possible, else the one for the device.
+
+        Raises ValueError for an unknown name, BackendError where the choice cannot be met.
+        """
+        if backend is None:
+            backend = self._default(device, dtype)
+        if backend not in BACKENDS:
+            raise ValueError(f"backend: {backend!r} is not one of {', '.join(BACKENDS)}")
+        reason = self.missing(backend) or self._unfit(backend, device, dtype)
+        if reason:
+            raise BackendError(
+                f"{self.name}: the {backend} backend cannot run here: {reason}. "
+                f"backend='reference' runs everywhere."
+            )
+        return backend
+
+    def _default(self, device: str, dtype: torch.dtype) -> str:
+        candidates = [b for b in _PREFERENCE.get(device, ()) if b in self.implementations]
+        if not candidates:
+            raise BackendError(
+                f"{self.name}: no backend is made for device {device!r}; pass backend='reference'"
+            )
+        if not any(dtype in self.implementations[b].dtypes for b in candidates):
+            return "reference"
+        present = [b for b in candidates if missing(b) is None]
+        return (present or candidates)[0]
+
+    def _unfit(self, backend: str, device: str, dtype: torch.dtype) -> str | None:
+        if dtype not in self.implementations[backend].dtypes:
+            names = ", ".join(str(d) for d in self.implementations[backend].dtypes)
+            return f"it takes {names}, not {dtype}"
+        if backend == "cpu" and device != "cpu":
+            return f"the tensors are on {device}, not on the CPU"
+        if backend == "triton" and device == "cpu" and not interpreting():
+            return "the tensors are on the CPU (only TRITON_INTERPRET=1 runs Triton there)"
+        if backend == "cuda" and device != "cuda":
+            return f"the tensors are on {device}, not on a GPU"
+        return None
+
+
+@functools.cache
+def _load(op: Op, backend: str) -> ModuleType:
+    return importlib.import_module(op.implementations[backend].module)
+
+
+def op_names() -> list[str]:
+    """Every op: the folders of this package."""
+    folder = str(Path(__file__).parent)
+    return sorted(module.name for module in pkgutil.iter_modules([folder]) if module.ispkg)
+
+
+def availability() -> dict[str, dict[str, str | None]]:
+    """The table op -> backend -> why it cannot run here (None: it can)."""
+    table = {}
+    for name in op_names():
+        op: Op = importlib.import_module(f"gradsmith_kernels.{name}.op").OP
+        table[name] = {backend: op.missing(backend) for backend in BACKENDS}
+    return table

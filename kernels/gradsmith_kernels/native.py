@@ -1,0 +1,24 @@
+"""What every cpu backend needs to hand tensors to the native module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# The codes of csrc/common/dtype.h.
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def as_rows(x: Tensor) -> tuple[Tensor, int]:
+    """`x` (not empty) as rows of its last dimension, and the row stride in elements.
+
+    A view where the strides allow it (any row stride, elements of a row adjacent), else a copy.
+    The caller keeps the tensor alive for as long as its address is in use.
+    """
+    cols = x.shape[-1]
+    if x.is_contiguous():
+        return x, cols
+    x = x.reshape(-1, cols)
+    if x.stride(1) != 1 and cols != 1:
+        x = x.contiguous()
+    return x, x.stride(0)

@@ -1,0 +1,62 @@
+"""Root-mean-square layer normalisation, with an optional fused residual add."""
+
+from __future__ import annotations
+
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from gradsmith_kernels.rms_norm import op as _op  # registers gradsmith::rms_norm
+
+__all__ = ["rms_norm"]
+
+
+@overload
+def rms_norm(
+    x: Tensor, weight: Tensor, *, eps: float = ..., residual: None = ..., backend: str | None = ...
+) -> Tensor: ...
+@overload
+def rms_norm(
+    x: Tensor, weight: Tensor, *, eps: float = ..., residual: Tensor, backend: str | None = ...
+) -> tuple[Tensor, Tensor]: ...
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    eps: float = 1e-6,
+    residual: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """RMSNorm over the last dimension (Zhang and Sennrich 2019, arXiv:1910.07467).
+
+        y = h * rsqrt(mean(h^2) + eps) * weight,    h = x, or x + residual
+
+    Everything after h is computed in float32 and rounded once; h itself is rounded to x's dtype, so
+    that it is the same tensor as `x + residual`.
+
+    Args:
+        x: (..., N), float32, bfloat16 or float16 (float64: reference backend only). Rows may have
+            any stride; where the elements of a row are not adjacent, x is copied.
+        weight: (N,), of x's dtype or another of those dtypes.
+        eps: added to the mean square; > 0.
+        residual: like x. With it, the result is (y, h), both differentiable.
+        backend: reference, cpu or triton; None chooses by device (see `gradsmith_kernels.backends`).
+
+    Returns:
+        y, contiguous, of x's shape and dtype; with `residual`, (y, h).
+
+    The same inputs give the same bits, forward and backward, for any number of threads: weight's
+    gradient is summed in float32 over blocks of rows that depend on the shape alone. There is no
+    second derivative.
+
+    Raises:
+        ValueError: shapes, devices or eps do not fit.
+        TypeError: a dtype is not one of the above.
+        BackendError: the backend cannot run here.
+    """
+    if residual is None:
+        y, _ = torch.ops.gradsmith.rms_norm(x, weight, eps, backend)
+        return y
+    y, h, _ = torch.ops.gradsmith.add_rms_norm(x, residual, weight, eps, backend)
+    return y, h

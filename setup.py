@@ -1,0 +1,100 @@
+"""Builds gradsmith: two packages from two roots, and the native module of the kernel library.
+
+`csrc/` becomes one shared library, `gradsmith_kernels._native`. It links to neither torch nor an
+OpenMP runtime, so one wheel serves any torch version. Never `-march=native`: each file is compiled
+for the instruction set that its name ends in, and the library chooses when it is loaded, so a wheel
+built here runs on an older CPU.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from pybind11 import get_include
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"]
+# Fused multiply-adds only where the source says so; sqrt is an instruction, it need not set errno.
+FLAGS += ["-ffp-contract=off", "-fno-math-errno"]
+# Vectors are passed between the functions of one file only; GCC 12 misreads its own AVX-512 header.
+FLAGS += ["-Wno-psabi", "-Wno-maybe-uninitialized"]
+ISA_FLAGS = {
+    "_avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "_avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
+}
+X86 = platform.machine() in ("x86_64", "AMD64")
+
+
+def isa_flags(source: str) -> list[str]:
+    """The flags of one file, by the suffix of its name."""
+    suffix = "_" + Path(source).stem.rpartition("_")[2]
+    return ISA_FLAGS.get(suffix, [])
+
+
+class BuildNative(build_ext):
+    """Compiles each file with its own flags, as many at a time as there are cores."""
+
+    def build_extension(self, ext: Extension) -> None:
+        compiler = (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "g++").split()[0]
+        header = Path(sysconfig.get_paths()["include"], "Python.h")
+        if shutil.which(compiler) is None or not header.exists():
+            missing = f"{header} was not found" if shutil.which(compiler) else f"no {compiler}"
+            sys.exit(
+                f"\ngradsmith's kernels need a C++17 compiler and Python's headers ({missing}).\n"
+                "On Debian or Ubuntu: apt install g++ python3-dev\n"
+            )
+        if os.environ.get("CXX") is None:
+            # setuptools links with the compiler that built Python, which may be elsewhere.
+            self.compiler.set_executables(compiler_so_cxx=[compiler, "-fPIC"])
+
+        def compile_one(source: str) -> list[str]:
+            return self.compiler.compile(
+                [source],
+                output_dir=self.build_temp,
+                include_dirs=ext.include_dirs,
+                extra_postargs=[*FLAGS, *isa_flags(source)],
+                depends=ext.depends,
+            )
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = [path for paths in pool.map(compile_one, ext.sources) for path in paths]
+        self.compiler.link_shared_object(
+            objects,
+            self.get_ext_fullpath(ext.name),
+            libraries=["dl", "pthread"],
+            target_lang="c++",
+            build_temp=self.build_temp,
+        )
+
+
+sources = sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
+if not X86:
+    sources = [source for source in sources if not isa_flags(source)]
+
+setup(
+    packages=[*find_packages("kernels"), *find_packages("trainer")],
+    package_dir={
+        "gradsmith_kernels": "kernels/gradsmith_kernels",
+        "gradsmith": "trainer/gradsmith",
+    },
+    package_data={
+        "gradsmith_kernels": ["py.typed", "*.pyi", "*/budgets.json"],
+        "gradsmith": ["py.typed"],
+    },
+    ext_modules=[
+        Extension(
+            "gradsmith_kernels._native",
+            sources=sources,
+            include_dirs=["csrc", get_include()],
+            depends=sorted(str(path) for path in Path("csrc").rglob("*.h")),
+        )
+    ],
+    cmdclass={"build_ext": BuildNative},
+)
