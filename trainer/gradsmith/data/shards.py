@@ -1,0 +1,194 @@
+"""The prepared folder: token shards on disk, and `PreparedData`, which reads them.
+
+```
+data/
+  manifest.json                what it was made from, what became of it, hashes of all files
+  tokenizer/                   a Hugging Face tokenizer folder
+  <split>/tokens.bin           ids, little endian: uint16 up to a vocabulary of 65536, else uint32
+  <split>/offsets.bin          uint64, documents + 1: document i is tokens[offsets[i]:offsets[i+1]]
+  <split>/targets.bin          chat only: uint8 for each token, 1 where it counts in the loss
+  <split>/documents.jsonl      validation and test: the raw documents
+```
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from ..errors import UserError
+from ..run import read_json
+
+FORMAT = "gradsmith-data-1"
+
+
+class HashedFile:
+    """A file that is written once, front to back, with its size and SHA-256."""
+
+    def __init__(self, path: Path):
+        self.path, self.size, self._hash = path, 0, hashlib.sha256()
+        self._file: IO[bytes] = path.open("wb")
+
+    def write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._hash.update(data)
+        self.size += len(data)
+
+    def close(self) -> dict[str, Any]:
+        self._file.close()
+        return {"bytes": self.size, "sha256": self._hash.hexdigest()}
+
+
+class ShardWriter:
+    """Appends documents to one split's shard."""
+
+    def __init__(self, folder: Path, vocab_size: int, with_targets: bool):
+        self._dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+        self._tokens = HashedFile(folder / "tokens.bin")
+        self._offsets = HashedFile(folder / "offsets.bin")
+        self._targets = HashedFile(folder / "targets.bin") if with_targets else None
+        self._offsets.write(np.zeros(1, "<u8").tobytes())
+        self.documents = self.tokens = self.target_tokens = 0
+
+    def add(self, ids: Sequence[int], targets: np.ndarray | None = None) -> None:
+        self._tokens.write(np.asarray(ids, self._dtype).tobytes())
+        self.documents += 1
+        self.tokens += len(ids)
+        if self._targets is None:
+            self.target_tokens += len(ids) - 1
+        else:
+            assert targets is not None
+            self._targets.write(targets.astype(np.uint8).tobytes())
+            self.target_tokens += int(targets.sum())
+        self._offsets.write(np.array([self.tokens], "<u8").tobytes())
+
+    def close(self) -> dict[str, dict[str, Any]]:
+        """The files' sizes and hashes, by name."""
+        files = [self._tokens, self._offsets, *([self._targets] if self._targets else [])]
+        return {file.path.name: file.close() for file in files}
+
+
+class TokenSplit:
+    """One split, memory-mapped: `tokens`, `offsets` and, for chat, `targets`."""
+
+    def __init__(self, folder: Path, vocab_size: int):
+        self.tokens = _map(folder / "tokens.bin", "<u2" if vocab_size <= 1 << 16 else "<u4")
+        self.offsets = _map(folder / "offsets.bin", "<u8")
+        targets = folder / "targets.bin"
+        self.targets = _map(targets, np.bool_) if targets.is_file() else None
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def document(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, whether each counts in the loss); in language modelling all but the first do."""
+        start, stop = int(self.offsets[i]), int(self.offsets[i + 1])
+        if self.targets is not None:
+            return self.tokens[start:stop], self.targets[start:stop]
+        is_target = np.ones(stop - start, np.bool_)
+        is_target[:1] = False
+        return self.tokens[start:stop], is_target
+
+
+def _map(path: Path, dtype: Any) -> np.ndarray:
+    if path.stat().st_size == 0:  # which cannot be mapped
+        return np.zeros(0, dtype)
+    return np.memmap(path, dtype, mode="r")
+
+
+class PreparedData:
+    """What `prepare` wrote into a run's `data/`."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]):
+        self.folder, self.manifest = folder, manifest
+
+    @classmethod
+    def open(cls, folder: str | Path) -> PreparedData:
+        """Reads the manifest only; see `verify`.
+
+        Raises:
+            UserError: nothing is prepared there, or by another version of the format.
+        """
+        path = Path(folder) / "manifest.json"
+        if not path.is_file():
+            raise UserError(f"{folder}: no prepared data there; run `gradsmith prepare` first")
+        manifest = read_json(path)
+        found = manifest.get("format") if isinstance(manifest, dict) else None
+        if found != FORMAT:
+            raise UserError(f'{path}: format "{found}"; this version reads "{FORMAT}"')
+        return cls(Path(folder), manifest)
+
+    @property
+    def task(self) -> str:
+        return str(self.manifest["task"])
+
+    @property
+    def fingerprint(self) -> str:
+        """One hash over all files: equal means the same tokens, splits and tokenizer."""
+        files = {path: entry["sha256"] for path, entry in self._files().items()}
+        return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+    def _files(self) -> dict[str, dict[str, Any]]:
+        """Path inside the folder -> {bytes, sha256}."""
+        files = {f"tokenizer/{k}": v for k, v in self.manifest["tokenizer"]["files"].items()}
+        for name, split in self.manifest["splits"].items():
+            files |= {f"{name}/{k}": v for k, v in split["files"].items()}
+        return files
+
+    def verify(self) -> None:
+        """Compares every file's size and SHA-256 with the manifest.
+
+        Raises:
+            UserError: naming the first file that is missing or differs.
+        """
+        for name, entry in self._files().items():
+            path = self.folder / name
+            if not path.is_file():
+                raise UserError(f"{path}: missing, though the manifest lists it; prepare again")
+            size = path.stat().st_size
+            if size != entry["bytes"]:
+                raise UserError(
+                    f"{path}: damaged: {size} bytes, where the manifest has {entry['bytes']}; "
+                    "delete the data folder and prepare again"
+                )
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                    raise UserError(
+                        f"{path}: damaged: its SHA-256 is not the manifest's; delete the data "
+                        "folder and prepare again"
+                    )
+
+    def tokenizer(self) -> Any:
+        """The transformers PreTrainedTokenizerFast."""
+        from .tokenizer import load_tokenizer
+
+        return load_tokenizer(str(self.folder / "tokenizer"), "data")
+
+    def token_bytes(self) -> np.ndarray:
+        """UTF-8 bytes that each id stands for, int32 (V,); special tokens 0."""
+        from .tokenizer import token_bytes
+
+        return token_bytes(self.tokenizer())
+
+    def split(self, name: str) -> TokenSplit:
+        self._check(name)
+        return TokenSplit(self.folder / name, self.manifest["vocab_size"])
+
+    def held_out(self, name: str) -> list[dict[str, Any]]:
+        """The raw documents of validation or test: {"text"} or {"messages"}, and "source"."""
+        self._check(name)
+        path = self.folder / name / "documents.jsonl"
+        if not path.is_file():
+            raise UserError(f"{path}: raw documents are kept for validation and test only")
+        with path.open(encoding="utf-8") as lines:
+            return [json.loads(line) for line in lines]
+
+    def _check(self, name: str) -> None:
+        there = [k for k, split in self.manifest["splits"].items() if split["documents"]]
+        if name not in there:
+            raise UserError(f'{self.folder}: no split "{name}"; there are {", ".join(there)}')

@@ -1,0 +1,134 @@
+"""The tokenizer: trained here as a byte-level BPE, or taken from a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import UserError
+
+BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
+CHAT_TOKENS = ["<|im_start|>", "<|im_end|>"]  # there from the start: fine-tuning adds no ids
+
+
+def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Any:
+    """A byte-level BPE over `texts` (any text encodes and decodes to itself); deterministic.
+
+    Returns:
+        A transformers PreTrainedTokenizerFast with BOS, EOS, PAD and ChatML's tokens. Its
+        vocabulary is smaller than asked where the texts have no more pairs to merge.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS, EOS, PAD, *CHAT_TOKENS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    bpe.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A",
+        pair=f"{BOS} $A {BOS} $B",
+        special_tokens=[(BOS, bpe.token_to_id(BOS))],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        extra_special_tokens=CHAT_TOKENS,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def find_tokenizer(path: str, key: str) -> str:
+    """Where the tokenizer is: in a folder, a run, a checkpoint or its model folder, or on the hub.
+
+    Args:
+        path: the recipe's value.
+        key: the recipe's key, for the message.
+
+    Raises:
+        UserError: there is none.
+    """
+    folder = Path(path).expanduser()
+    if not folder.exists():
+        if path.count("/") <= 1 and not path.startswith((".", "/", "~")):
+            return path  # a hub name
+        raise UserError(f"{key}: no folder {path} (from {Path.cwd()})")
+    inside = [folder, folder / "tokenizer", folder / "model", folder / "data" / "tokenizer"]
+    # runs/NAME/checkpoints/step-000100[/model]: the run's own
+    run = [parent / "data" / "tokenizer" for parent in folder.resolve().parents[:3]]
+    for candidate in [*inside, *run]:
+        if (candidate / "tokenizer.json").is_file():
+            return str(candidate)
+    raise UserError(
+        f"{key}: no tokenizer.json in {path}, nor in the data/tokenizer of a run there; "
+        "give a tokenizer's or model's folder, or a run that `gradsmith prepare` has prepared"
+    )
+
+
+def load_tokenizer(place: str, key: str) -> Any:
+    """A fast tokenizer with an EOS token; PAD and BOS default to EOS where it has none.
+
+    Raises:
+        UserError: it cannot be loaded, is not backed by `tokenizers`, or has no EOS.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    except Exception as error:  # whatever a broken folder or an unreachable hub leads to
+        raise UserError(f"{key}: cannot load a tokenizer from {place}: {error}") from None
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(f"{key}: {place} holds a {type(tokenizer).__name__} without tokenizer.json")
+    if tokenizer.eos_token is None:
+        raise UserError(f"{key}: the tokenizer in {place} has no EOS token, so nothing could stop")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+def token_bytes(tokenizer: Any) -> np.ndarray:
+    """How many UTF-8 bytes of text each id stands for, int32 (V,); special tokens: 0."""
+    backend = tokenizer.backend_tokenizer
+    parts = json.dumps([json.loads(backend.to_str()).get(k) for k in ("pre_tokenizer", "decoder")])
+    byte_level = '"ByteLevel"' in parts
+    added = {token.content for token in backend.get_added_tokens_decoder().values()}
+    special = set(tokenizer.all_special_ids)
+    special |= {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
+    sizes = np.zeros(len(tokenizer), np.int32)
+    for token, index in backend.get_vocab(with_added_tokens=True).items():
+        if index in special:
+            continue
+        if byte_level and token not in added:
+            sizes[index] = len(token)  # one character of the alphabet for each byte
+        elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            sizes[index] = 1  # SentencePiece's byte fallback
+        else:
+            sizes[index] = len(token.replace("\u2581", " ").encode("utf-8"))
+    return sizes
+
+
+@contextlib.contextmanager
+def special_tokens_as_text(tokenizer: Any) -> Iterator[Any]:
+    """The backend, with "<|eos|>" in a raw text read as those characters and not as the token."""
+    backend = tokenizer.backend_tokenizer
+    before = backend.encode_special_tokens
+    backend.encode_special_tokens = True
+    try:
+        yield backend
+    finally:
+        backend.encode_special_tokens = before
