@@ -31,7 +31,7 @@ RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", sho
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[KEY=VALUE]...",
+        metavar="KEY=VALUE",
         help="Overrides, for example training.steps=50 data.sources.0.path=other.txt",
         show_default=False,
     ),
@@ -103,33 +103,16 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure a trained run on held-out data."""
-    from .console import table
-    from .errors import UserError
-    from .evaluation.evaluate import evaluate
+    from .console import show
+    from .evaluation.evaluate import evaluate, format_evaluation
 
-    if split not in ("validation", "test"):
-        raise UserError(f"--split: found {split}; allowed are validation, test")
     trained = _find_run(run, overrides or ())
     with contextlib.redirect_stdout(sys.stderr):  # what is said on the way is no result
         found = evaluate(trained, split=split)
     if as_json:
         print(json.dumps({"split": found["split"], "metrics": found["metrics"]}))
-        return
-    rows = [["this model", *_three(found["metrics"])]]
-    if found.get("base"):
-        rows.append(["before fine-tuning", *_three(found["base"])])
-    for name, value in (found.get("yardsticks") or {}).items():
-        value = value.get("bits_per_byte") if isinstance(value, dict) else value
-        rows.append([name, "", "", _number(value)])
-    table(f"{trained.folder}: {found['split']}", ["", "loss", "perplexity", "bits/byte"], rows)
-
-
-def _three(metrics: dict[str, Any]) -> list[str]:
-    return [_number(metrics.get(name)) for name in ("loss", "perplexity", "bits_per_byte")]
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
+    else:
+        show(format_evaluation(found))
 
 
 def _find_run(path: Path, overrides: list[str] | tuple[()]) -> Run:

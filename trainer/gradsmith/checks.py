@@ -1,0 +1,345 @@
+"""What can be checked about a recipe without training: `gradsmith validate`, and the first thing
+that `train` and `launch` do.
+
+`recipe.py` checks the recipe by itself; here it meets the machine: files, folders, the model that
+it describes. The model is built on the meta device, so its size does not matter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError, did_you_mean
+from .recipe import Recipe
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+# Read by transformers for models with rotary positions, though no config class declares them.
+ROTARY_KEYS = {"rope_theta", "rope_scaling", "partial_rotary_factor"}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a recipe amounts to."""
+
+    name: str
+    model: str
+    parameters: int
+    trainable_parameters: int
+    world: int
+    accumulation: int
+    tokens_per_step: int
+    steps: int | None
+    length: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        trained = "all trained"
+        if self.trainable_parameters != self.parameters:
+            share = self.trainable_parameters / self.parameters
+            trained = f"{self.trainable_parameters:,} of them trained ({share:.2%})"
+        ranks = f"{self.world} rank" + "s" * (self.world > 1)
+        return "\n".join(
+            (
+                f"{self.name}: the recipe is good",
+                f"  model   {self.model}, {self.parameters:,} parameters, {trained}",
+                f"  step    {self.tokens_per_step:,} tokens at most, on {ranks}, "
+                f"{self.accumulation} micro-batches each",
+                f"  length  {self.length}",
+            )
+        )
+
+
+def check_recipe(recipe: Recipe, world: int = 1) -> Summary:
+    """Checks a recipe against this machine, for `world` ranks.
+
+    Raises:
+        UserError: naming every problem found.
+    """
+    from .training.engine import check_precision
+
+    problems: list[str] = []
+    with _collect(problems):
+        recipe.training.accumulation(world)
+    with _collect(problems):
+        _check_output(recipe)
+    with _collect(problems):
+        check_precision(recipe)
+    problems += _check_data(recipe)
+    model = None
+    with _collect(problems):
+        model = describe_model(recipe)
+    if problems or model is None:
+        raise UserError("\n".join([f"{recipe.name}:", *(f"  {problem}" for problem in problems)]))
+
+    training = recipe.training
+    tokens_per_step = training.global_batch * recipe.data.sequence_length
+    steps = training.steps
+    if training.tokens is not None:
+        steps = math.ceil(training.tokens / tokens_per_step)
+    length = next(
+        f"{value:g} {name}" if name != "tokens" else f"{value:,} tokens"
+        for name in ("steps", "tokens", "epochs", "minutes")
+        if (value := getattr(training, name)) is not None
+    )
+    total, trainable = _count(model)
+    return Summary(
+        name=recipe.name,
+        model=recipe.model.architecture or str(recipe.model.from_),
+        parameters=total,
+        trainable_parameters=trainable,
+        world=world,
+        accumulation=training.accumulation(world),
+        tokens_per_step=tokens_per_step,
+        steps=steps,
+        length=length,
+    )
+
+
+@contextlib.contextmanager
+def _collect(problems: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        problems.append(str(error))
+
+
+# ---------------------------------------------------------------------------- files and machine
+
+
+def _check_output(recipe: Recipe) -> None:
+    output = Path(recipe.output)
+    for path in (output, *output.parents):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"output: {recipe.output}: {path} is a file")
+
+
+def _check_data(recipe: Recipe) -> list[str]:
+    from .data.sources import check_sources
+    from .data.tokenizer import find_tokenizer
+
+    problems: list[str] = []
+    with _collect(problems):
+        check_sources(recipe.data)
+    tokenizer, template = recipe.data.tokenizer, recipe.data.chat.template
+    if tokenizer is not None and tokenizer.from_ is not None:
+        with _collect(problems):
+            find_tokenizer(tokenizer.from_, "data.tokenizer.from")
+    if template is not None and not Path(template).is_file():
+        problems.append(f"data.chat.template: {template}: no such file")
+    return problems
+
+
+# ---------------------------------------------------------------------------------------- model
+
+
+def describe_model(recipe: Recipe) -> Any:
+    """The recipe's model, adapters included, on the meta device: shapes without numbers.
+
+    Raises:
+        UserError: the config is impossible, or there are no usable weights at `model.from`.
+    """
+    import torch
+
+    with _quiet_transformers():
+        if recipe.model.architecture is not None:
+            config = config_of(recipe)
+            where = "model.config"
+        else:
+            config, where = _config_from(str(recipe.model.from_)), "model.from"
+        _check_length(recipe, config)
+        model = _on_meta(config, where)
+        if recipe.model.adapter is not None:
+            model = _with_adapter(model, recipe)
+        with torch.no_grad():  # shapes that do not fit together show in a forward pass
+            ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
+            try:
+                model(input_ids=ids)
+            except Exception as error:
+                told = _told(error)
+                raise UserError(f"{where}: the layers do not fit together: {told}") from None
+    return model
+
+
+def config_of(recipe: Recipe, vocab_size: int | None = None) -> Any:
+    """The transformers config that `model.architecture` and `model.config` stand for.
+
+    Args:
+        recipe: a recipe with model.architecture.
+        vocab_size: of the tokenizer; by default what the recipe says of it.
+
+    Raises:
+        UserError: no such architecture, no such key, or values that do not go together.
+    """
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    architecture = str(recipe.model.architecture)
+    if architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        near = did_you_mean(architecture, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+        raise UserError(
+            f"model.architecture: found {architecture}; allowed are the causal language models "
+            f"of transformers, as llama, qwen3, gpt2.{near}"
+        )
+    config_class = CONFIG_MAPPING[architecture]
+    values = dict(recipe.model.config or {})
+    allowed = _config_keys(config_class)
+    unknown = [key for key in values if key not in allowed]
+    if unknown:
+        lines = (f"model.config.{k}: {architecture} has none.{did_you_mean(k, allowed)}"
+                 for k in unknown)  # fmt: skip
+        raise UserError("\n  ".join(lines))
+    vocab_size = vocab_size or _vocab_size(recipe)
+    if vocab_size is not None and values.setdefault("vocab_size", vocab_size) < vocab_size:
+        raise UserError(
+            f"model.config.vocab_size: found {values['vocab_size']}, fewer than the tokenizer's "
+            f"{vocab_size}; leave it out to take the tokenizer's"
+        )
+    try:
+        return config_class(**values)
+    except Exception as error:
+        raise UserError(f"model.config: {_told(error)}") from None
+
+
+def _config_keys(config_class: Any) -> set[str]:
+    import inspect
+
+    keys = set(inspect.signature(config_class.__init__).parameters) - {"self", "kwargs"}
+    keys |= set(getattr(config_class, "attribute_map", {}))
+    return keys | ROTARY_KEYS if "rope_parameters" in keys else keys
+
+
+def _vocab_size(recipe: Recipe) -> int | None:
+    """The tokenizer's size, as far as the recipe and its folders tell."""
+    tokenizer = recipe.data.tokenizer
+    if tokenizer is None:
+        return None
+    if tokenizer.train is not None:
+        return tokenizer.train.vocab_size
+    from .data.tokenizer import find_tokenizer
+
+    with contextlib.suppress(UserError):  # said elsewhere
+        place = Path(find_tokenizer(str(tokenizer.from_), "data.tokenizer.from"))
+        if (place / "tokenizer.json").is_file():
+            from tokenizers import Tokenizer
+
+            return int(Tokenizer.from_file(str(place / "tokenizer.json")).get_vocab_size())
+    return None
+
+
+def _config_from(name: str) -> Any:
+    """The config of the model at `model.from`, after a look at its weights."""
+    from transformers import AutoConfig
+
+    from .models.build import resolve_base
+
+    place = resolve_base(name)
+    local = Path(place).is_dir()
+    if local:
+        _check_weights(Path(place))
+    elif not HUB_NAME.fullmatch(name):
+        raise UserError(f"model.from: {name}: no such folder")
+    try:
+        return AutoConfig.from_pretrained(place, trust_remote_code=False)
+    except Exception as error:
+        what = "no model there" if local else "neither a folder here nor readable from the hub"
+        raise UserError(f"model.from: {name}: {what}: {_told(error)}") from None
+
+
+def _check_weights(folder: Path) -> None:
+    from .models.build import is_adapter
+
+    if is_adapter(folder):
+        raise UserError(
+            f"model.from: {folder} holds an adapter, not a whole model; make one of it first: "
+            "gradsmith export RUN FOLDER --form merged"
+        )
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model.from: {folder}: no config.json there, so it is no model's folder")
+    if not any(folder.glob("*.safetensors")):
+        pickled = sorted(p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt*")))
+        if pickled:
+            raise UserError(
+                f"model.from: {folder}: its weights ({', '.join(pickled)}) are pickle files, "
+                "which can run code when they are read; only safetensors are taken. Convert them "
+                "where you trust them: AutoModelForCausalLM.from_pretrained(...)"
+                ".save_pretrained(folder)"
+            )
+        raise UserError(f"model.from: {folder}: no weights (*.safetensors) there")
+
+
+def _check_length(recipe: Recipe, config: Any) -> None:
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and recipe.data.sequence_length > positions:
+        where = "model.config.max_position_embeddings" if recipe.model.architecture else "the model"
+        raise UserError(
+            f"data.sequence_length: found {recipe.data.sequence_length}; {where} "
+            f"allows at most {positions}"
+        )
+
+
+def _on_meta(config: Any, where: str) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:
+        raise UserError(f"{where}: no model can be built: {_told(error)}") from None
+
+
+def _with_adapter(model: Any, recipe: Recipe) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    adapter = recipe.model.adapter
+    assert adapter is not None
+    try:
+        return get_peft_model(
+            model,
+            LoraConfig(r=adapter.rank, target_modules=adapter.target, task_type="CAUSAL_LM"),
+        )
+    except Exception as error:
+        raise UserError(f"model.adapter.target: {_told(error)}") from None
+
+
+def _count(model: Any) -> tuple[int, int]:
+    parameters = list(model.parameters())
+    return (
+        sum(p.numel() for p in parameters),
+        sum(p.numel() for p in parameters if p.requires_grad),
+    )
+
+
+def _told(error: Exception) -> str:
+    """A library's message in one line, without the names of its own parts."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        del lines[0]  # "Class validation error for validator 'validate_architecture':"
+    text = re.sub(r"^(Value|Type)Error: ", "", " ".join(lines))
+    return f"{type(error).__name__}: {text}" if isinstance(error, KeyError) else text
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Library warnings about a model that is only looked at stay out of the terminal."""
+    import warnings
+
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
