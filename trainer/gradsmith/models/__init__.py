@@ -1,0 +1,1 @@
+"""From a recipe to a transformers model with adapters and our kernels, and back to folders."""

@@ -1,0 +1,199 @@
+"""Models: built from a config, or read from a folder; adapters by peft; our kernels under them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import UserError
+from ..recipe import Recipe
+from ..run import Run, read_json
+from ..training.checkpoint import newest_checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..data.shards import PreparedData
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+
+
+def resolve_base(name: str | Path) -> str:
+    """The model folder that a name stands for.
+
+    Args:
+        name: a run's folder (its newest checkpoint counts), a checkpoint's folder, a folder that
+            transformers or peft wrote, or a hub name, which is returned as it is.
+
+    Raises:
+        UserError: a run without a checkpoint.
+    """
+    folder = Path(name)
+    if (folder / "recipe.yaml").is_file():
+        checkpoint = newest_checkpoint(Run(folder).checkpoints)
+        if checkpoint is None:
+            raise UserError(f"{name}: this run has no checkpoint yet; train it first")
+        folder = checkpoint
+    if (folder / "model").is_dir() and (folder / "state.json").is_file():
+        folder = folder / "model"
+    return str(folder) if folder.is_dir() else str(name)
+
+
+def is_adapter(folder: str | Path) -> bool:
+    return (Path(folder) / "adapter_config.json").is_file()
+
+
+def build_model(
+    recipe: Recipe, data: PreparedData, checkpoint: Path | None = None
+) -> tuple[torch.nn.Module, Any]:
+    """The model that a recipe trains, and the report on the kernels put under it.
+
+    Args:
+        recipe: what to build.
+        data: gives the vocabulary and the ids of the special tokens.
+        checkpoint: the folder whose weights to go on from, when a run resumes.
+
+    Returns:
+        The model, on the CPU in the dtype of `training.precision`, and accelerate's report (None
+        when `model.kernels` is false).
+    """
+    dtype = DTYPES[recipe.training.precision]
+    weights = checkpoint / "model" if checkpoint else None
+    tokenizer = data.tokenizer()
+    torch.manual_seed(recipe.seed)
+    adapter = recipe.model.adapter
+    if adapter is not None:
+        base = _load(resolve_base(str(recipe.model.from_)), dtype)
+        _check_vocabulary(base, recipe, tokenizer)
+        model = _attach_adapter(base, recipe, weights)
+    elif weights is not None or recipe.model.from_ is not None:
+        model = _load(str(weights or resolve_base(str(recipe.model.from_))), dtype)
+        _check_vocabulary(model, recipe, tokenizer)
+    else:
+        model = _from_config(recipe, tokenizer, dtype)
+    if recipe.training.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    report = None
+    if recipe.model.kernels:
+        from gradsmith_kernels import accelerate
+
+        report = accelerate(model)
+    return model, report
+
+
+def load_for_inference(
+    path: str | Path, *, kernels: bool = True
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model to evaluate or to generate with, and its tokenizer.
+
+    Args:
+        path: anything that `resolve_base` takes; an adapter is put on its base.
+        kernels: whether our kernels go under it.
+
+    Raises:
+        UserError: there is no model.
+    """
+    from transformers import AutoTokenizer
+
+    folder = resolve_base(path)
+    if is_adapter(folder):
+        base = read_json(Path(folder) / "adapter_config.json")["base_model_name_or_path"]
+        from peft import PeftModel
+
+        model: Any = PeftModel.from_pretrained(
+            _load(base, None), folder, autocast_adapter_dtype=False
+        )
+    else:
+        model = _load(folder, None)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: no tokenizer can be read there: {error}") from None
+    if kernels:
+        from gradsmith_kernels import accelerate
+
+        accelerate(model)
+    from ..training.engine import device
+
+    return model.to(device()).eval(), tokenizer
+
+
+def _load(folder: str, dtype: torch.dtype | None) -> PreTrainedModel:
+    """A model from a folder or the hub: safetensors only, no code from there."""
+    from transformers import AutoModelForCausalLM
+
+    if is_adapter(folder):
+        raise UserError(
+            f"model.from: {folder} holds an adapter, not a whole model; make one of it first: "
+            "gradsmith export RUN FOLDER --form merged"
+        )
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            trust_remote_code=False,
+            attn_implementation="sdpa",
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.from: {folder}: no model can be read there: {error}") from None
+
+
+def _from_config(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
+) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    from ..checks import config_of
+
+    config = config_of(recipe, len(tokenizer))
+    config.bos_token_id = tokenizer.bos_token_id
+    config.eos_token_id = tokenizer.eos_token_id
+    config.pad_token_id = tokenizer.pad_token_id
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="sdpa"
+    )
+    # Not `model.to(dtype)`: that rounds the buffers too, and rotary frequencies must stay float32.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    return model
+
+
+def _attach_adapter(base: PreTrainedModel, recipe: Recipe, weights: Path | None) -> Any:
+    import peft
+
+    if weights is not None:
+        return peft.PeftModel.from_pretrained(
+            base, str(weights), is_trainable=True, autocast_adapter_dtype=False
+        )
+    adapter = recipe.model.adapter
+    assert adapter is not None
+    # peft writes this name into the adapter's folder, where it must hold from any directory
+    folder = Path(base.name_or_path)
+    if folder.is_dir():
+        base.config._name_or_path = base.name_or_path = str(folder.resolve())
+    config = peft.LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        target_modules=adapter.target,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return peft.get_peft_model(base, config, autocast_adapter_dtype=False)
+    except ValueError as error:
+        raise UserError(f"model.adapter.target: {error}") from None
+
+
+def _check_vocabulary(
+    model: PreTrainedModel, recipe: Recipe, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"data.tokenizer: has {len(tokenizer)} tokens, but the model at {recipe.model.from_} "
+            f"has embeddings for {rows}; leave data.tokenizer out to take the model's own"
+        )

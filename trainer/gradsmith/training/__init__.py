@@ -1,0 +1,1 @@
+"""The engine (DeepSpeed), the loop, the checkpoints, and the guards around them."""

@@ -1,0 +1,377 @@
+"""Checkpoints: whole or not there, verified before they are used, the same for any ZeRO stage.
+
+```
+step-000100/
+  model/                              what transformers or peft would write, with the tokenizer
+  optimizer-00000-of-00002.safetensors  rank 0's pieces: float32 weights and optimizer states
+  optimizer-00000-of-00002.json         which piece of which parameter is where, and the hash
+  state.json                          step, tokens, seconds, the optimizer's scalars
+  manifest.json                       size and SHA-256 of every file above
+```
+
+A checkpoint is written to `step-000100.tmp/`, every file flushed to disk, the manifest last, and
+then rank 0 alone renames it: a folder without `.tmp` is whole. Optimizer states are kept as pieces
+of named parameters, so a run may go on under another ZeRO stage or on another number of ranks.
+Sample order and dropout are functions of the seed and the step (gradsmith.data.loader,
+gradsmith.training.loop), so there is no loader or random state to keep.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from ..errors import RunError
+from ..run import read_json, write_json
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+FORMAT = 1
+MASTER = "float32"  # the float32 weights' key beside the optimizer's own: exp_avg, exp_avg_sq
+
+
+# ------------------------------------------------------------------------- what a rank holds
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a parameter whose float32 weights and states this rank holds.
+
+    `owner` is the tensor that the optimizer steps (DeepSpeed flattens parameters into a few);
+    the stretch is `owner[offset : offset + length]`, and `name[start : start + length]`.
+    """
+
+    name: str
+    start: int
+    length: int
+    owner: torch.Tensor
+    offset: int
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This stretch of the owner, or of a state of the owner's shape."""
+        return tensor.detach().view(-1)[self.offset : self.offset + self.length]
+
+
+def pieces(engine: DeepSpeedEngine) -> Iterator[Piece]:
+    """The pieces of this rank, under any ZeRO stage (DeepSpeed 0.19)."""
+    wrapper = engine.optimizer
+    stage = engine.zero_optimization_stage()
+    named = [(n, p) for n, p in engine.module.named_parameters() if p.requires_grad]
+    if stage == 0:
+        groups = getattr(wrapper, "fp16_groups", None)
+        if groups is None:  # float32: the parameters themselves are stepped
+            owners = {id(p): p for _, p in named}
+        else:
+            pairs = zip(groups, wrapper.fp32_groups, strict=True)
+            owners = {id(a): b for g16, g32 in pairs for a, b in zip(g16, g32, strict=True)}
+        for name, parameter in named:
+            yield Piece(name, 0, parameter.numel(), owners[id(parameter)], 0)
+    elif stage in (1, 2):
+        flats = getattr(wrapper, "single_partition_of_fp32_groups", None)
+        if flats is None:  # bf16 weights with float32 gradients at stage 1
+            flats = wrapper.fp32_groups_flat_partition
+        for name, parameter in named:
+            mapping = parameter._hp_mapping
+            if mapping is not None:
+                yield Piece(
+                    name,
+                    mapping.lp_fragment_address.start,
+                    mapping.lp_fragment_address.numel,
+                    flats[mapping.param_group_index],
+                    mapping.hp_fragment_address.start,
+                )
+    else:
+        for name, parameter in named:
+            group, offset, size = wrapper.grad_position[wrapper.get_param_id(parameter)]
+            start = size * dist.get_rank()
+            length = min(size, parameter.ds_numel - start)
+            if length > 0:
+                owner = wrapper.fp32_partitioned_groups_flat[group]
+                yield Piece(name, start, length, owner, offset)
+
+
+def _states(engine: DeepSpeedEngine, owner: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The owner's tensor states: those with an entry for each of its elements."""
+    state = engine.basic_optimizer.state.get(owner, {})
+    return {k: v for k, v in state.items() if torch.is_tensor(v) and v.numel() == owner.numel() > 1}
+
+
+# ------------------------------------------------------------------------------------ writing
+
+
+def save(
+    engine: DeepSpeedEngine, tokenizer: Any, folder: Path, step: int, state: dict[str, Any]
+) -> Path:
+    """Writes `folder/step-NNNNNN` on all ranks together.
+
+    Args:
+        engine: whose weights and optimizer states to write.
+        tokenizer: goes into the model's folder.
+        folder: the run's checkpoints.
+        step: optimizer steps done.
+        state: what else goes into state.json.
+
+    Raises:
+        RunError: on every rank, if any rank could not write; what was there before is untouched.
+    """
+    final = folder / f"step-{step:06}"
+    scratch = folder / f"step-{step:06}.tmp"
+    rank, world = dist.get_rank(), dist.get_world_size()
+
+    def prepare() -> None:
+        if rank == 0:
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir(parents=True)
+
+    def write() -> None:
+        _write_optimizer(engine, scratch, rank, world)
+        if rank == 0:
+            _write_model(engine.module, tokenizer, scratch / "model", weights)
+            write_json(scratch / "state.json", {"format": FORMAT, "step": step, **state, **scalars})
+
+    def publish() -> None:
+        if rank == 0:
+            _write_manifest(scratch)
+            if final.exists():
+                shutil.rmtree(final)
+            scratch.rename(final)
+            _fsync(folder)
+
+    weights = gather_weights(engine.module)
+    scalars = {"optimizer": _scalars(engine)}
+    try:
+        for stage in (prepare, write, publish):
+            _together(stage)
+    except RunError:
+        if rank == 0:
+            shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    return final
+
+
+def keep_newest(folder: Path, count: int) -> None:
+    """Deletes all but the newest `count` checkpoints; never leaves half of one behind its name."""
+    for _, checkpoint in _all(folder)[count:]:
+        doomed = checkpoint.with_name(checkpoint.name + ".tmp")
+        shutil.rmtree(doomed, ignore_errors=True)
+        checkpoint.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def gather_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The full state dict on rank 0 (elsewhere an empty one), also where ZeRO-3 holds parts.
+
+    Parameters that are frozen and belong to an adapter's base are left out.
+    """
+    adapter = hasattr(model, "peft_config")
+    weights = {}
+    for name, tensor in [*model.named_parameters(), *_saved_buffers(model)]:
+        if adapter and not tensor.requires_grad:
+            continue
+        if hasattr(tensor, "ds_id"):
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([tensor]):
+                whole = tensor.detach().cpu().clone() if dist.get_rank() == 0 else None
+        else:
+            whole = tensor.detach()
+        if dist.get_rank() == 0:
+            weights[name] = whole
+    return weights
+
+
+def _saved_buffers(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    names = set(model.state_dict().keys())
+    return [(name, buffer) for name, buffer in model.named_buffers() if name in names]
+
+
+def _write_model(
+    model: Any, tokenizer: Any, folder: Path, weights: dict[str, torch.Tensor]
+) -> None:
+    model.save_pretrained(folder, state_dict=weights)
+    tokenizer.save_pretrained(folder)
+
+
+def _write_optimizer(engine: DeepSpeedEngine, folder: Path, rank: int, world: int) -> None:
+    from safetensors.torch import save_file
+
+    tensors, index = {}, {}
+    for piece in pieces(engine):
+        sources = {MASTER: piece.owner, **_states(engine, piece.owner)}
+        index[piece.name] = {"start": piece.start, "length": piece.length}
+        for key, source in sources.items():
+            tensors[f"{piece.name}:{key}"] = piece.of(source).cpu().contiguous()
+    path = folder / f"optimizer-{rank:05}-of-{world:05}.safetensors"
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, path)
+    _fsync(path)
+    entry = {"pieces": index, "sha256": _sha256(path)}
+    write_json(path.with_suffix(".json"), entry)
+
+
+def _scalars(engine: DeepSpeedEngine) -> dict[str, float]:
+    """The optimizer's step count and its like: one value for all parameters."""
+    scalars: dict[str, float] = {}
+    for state in engine.basic_optimizer.state.values():
+        for key, value in state.items():
+            if not torch.is_tensor(value) or value.numel() == 1:
+                scalars.setdefault(key, float(value))
+    return scalars
+
+
+def _write_manifest(folder: Path) -> None:
+    files = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        _fsync(path)
+        index = path.with_suffix(".json")
+        known = path.name.startswith("optimizer-") and path.suffix == ".safetensors"
+        digest = read_json(index)["sha256"] if known else _sha256(path)
+        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": digest}
+    write_json(folder / "manifest.json", {"format": FORMAT, "files": files})
+    for directory in (folder / "model", folder):
+        _fsync(directory)
+
+
+def _together(work: Any) -> None:
+    """Runs `work` on all ranks; if it fails on one, it fails on all."""
+    error: BaseException | None = None
+    try:
+        work()
+    except (OSError, RuntimeError, ValueError) as caught:  # safetensors' error is a ValueError
+        error = caught
+    failed = torch.tensor([0 if error is None else 1], device=_collective_device())
+    dist.all_reduce(failed)
+    if error is not None:
+        raise RunError(f"the checkpoint could not be written: {error}") from error
+    if failed.item():
+        raise RunError("the checkpoint could not be written on another rank; see its log")
+
+
+def _collective_device() -> torch.device:
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+
+
+# ------------------------------------------------------------------------------------ reading
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint whose files are all there at their full size."""
+    return next((path for _, path in _all(folder) if not damage(path, hashes=False)), None)
+
+
+def newest_verified(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose every byte is as it was written, and what newer ones lack."""
+    complaints = []
+    for _, path in _all(folder):
+        problem = damage(path, hashes=True)
+        if problem is None:
+            return path, complaints
+        complaints.append(f"{path}: {problem}")
+    return None, complaints
+
+
+def damage(checkpoint: Path, *, hashes: bool) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    path = checkpoint / "manifest.json"
+    if not path.is_file():
+        return "no manifest.json"
+    try:
+        manifest = read_json(path)
+        for name, expected in manifest["files"].items():
+            file = checkpoint / name
+            if not file.resolve().is_relative_to(checkpoint.resolve()):
+                return f"the manifest names a file outside of the folder: {name}"
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != expected["bytes"]:
+                return f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}"
+            if hashes and _sha256(file) != expected["sha256"]:
+                return f"{name} is not what was written (its SHA-256 differs)"
+    except Exception as error:  # whatever a damaged manifest leads to, it names the damage
+        return f"manifest.json cannot be read: {error}"
+    return None
+
+
+def load_optimizer(engine: DeepSpeedEngine, checkpoint: Path) -> dict[str, Any]:
+    """Puts float32 weights and optimizer states back, for any ZeRO stage and number of ranks.
+
+    The weights that the model computes with come from `model/`, before the engine is built.
+
+    Returns:
+        state.json.
+
+    Raises:
+        RunError: the checkpoint lacks a piece of a parameter.
+    """
+    from safetensors import safe_open
+
+    saved: dict[str, list[tuple[int, int, Any]]] = {}
+    for index in sorted(checkpoint.glob("optimizer-*.json")):
+        file = safe_open(index.with_suffix(".safetensors"), framework="pt")
+        for name, piece in read_json(index)["pieces"].items():
+            saved.setdefault(name, []).append((piece["start"], piece["length"], file))
+    state_json: dict[str, Any] = read_json(checkpoint / "state.json")
+    scalars = state_json["optimizer"]
+    files = [entries[0][2] for entries in saved.values()]
+    keys = {k.rpartition(":")[2] for k in files[0].keys()} - {MASTER} if files else set()  # noqa: SIM118
+
+    for piece in pieces(engine):
+        state = engine.basic_optimizer.state[piece.owner]
+        for key in keys:
+            if key not in state:
+                state[key] = torch.zeros_like(piece.owner, requires_grad=False)
+        for key, value in scalars.items():
+            state.setdefault(key, torch.tensor(value))
+        targets = {MASTER: piece.owner, **{key: state[key] for key in keys}}
+        filled = 0
+        for start, length, file in saved.get(piece.name, []):
+            low = max(start, piece.start)
+            high = min(start + length, piece.start + piece.length)
+            if low >= high:
+                continue
+            for key, target in targets.items():
+                source = file.get_slice(f"{piece.name}:{key}")[low - start : high - start]
+                piece.of(target)[low - piece.start : high - piece.start].copy_(source)
+            filled += high - low
+        if filled != piece.length:
+            raise RunError(
+                f"{checkpoint}: holds {filled} of {piece.length} states of {piece.name}; "
+                "the model is not the one that was saved"
+            )
+    return state_json
+
+
+# ---------------------------------------------------------------------------------------- files
+
+
+def _all(folder: Path) -> list[tuple[int, Path]]:
+    """Checkpoints by step, the newest first."""
+    found = []
+    if folder.is_dir():
+        for path in folder.iterdir():
+            match = re.fullmatch(r"step-(\d+)", path.name)
+            if match and path.is_dir():
+                found.append((int(match[1]), path))
+    return sorted(found, reverse=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,143 @@
+"""From a recipe to a DeepSpeed engine; the DeepSpeed dict is derived here and nowhere else."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from ..errors import UserError
+from ..recipe import Recipe
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+
+def init_distributed() -> None:
+    """Joins the process group: nccl on GPUs, gloo on CPUs, a group of one without a launcher.
+
+    Safe to call more than once.
+    """
+    if not dist.is_initialized():
+        gpu = torch.cuda.is_available()
+        if gpu:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        backend = "nccl" if gpu else "gloo"
+        if "WORLD_SIZE" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    import deepspeed
+
+    if not deepspeed.comm.is_initialized():
+        # Its shared-memory collectives serve inference only, and would be compiled here and now.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(verbose=False)
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def deepspeed_config(recipe: Recipe, world: int) -> dict[str, Any]:
+    """What `deepspeed.initialize` is given for this recipe on `world` ranks."""
+    training = recipe.training
+    zero: dict[str, Any] = {"stage": training.zero.stage}
+    if training.zero.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if training.zero.offload == "all":
+        zero["offload_param"] = {"device": "cpu"}
+    config: dict[str, Any] = {
+        "train_batch_size": training.global_batch,
+        "train_micro_batch_size_per_gpu": training.micro_batch,
+        "gradient_accumulation_steps": training.accumulation(world),
+        "gradient_clipping": training.clip or 0.0,
+        "zero_optimization": zero,
+        # The optimizer is ours, tested under every stage; DeepSpeed knows its own only.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+    }
+    if training.precision != "fp32":
+        config[training.precision] = {"enabled": True}
+        if training.zero.stage > 0:
+            # bf16 sums of many micro-batches lose bits; stage 0 has no such switch.
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
+    if clips_itself(recipe):
+        config["gradient_clipping"] = 0.0
+    return config
+
+
+def clips_itself(recipe: Recipe) -> bool:
+    """Whether the loop clips: DeepSpeed tells no gradient norm at stage 0 in float32."""
+    return recipe.training.zero.stage == 0 and recipe.training.precision == "fp32"
+
+
+def build_engine(recipe: Recipe, model: torch.nn.Module) -> DeepSpeedEngine:
+    """The DeepSpeed engine around `model`, with our AdamW under it."""
+    import deepspeed
+    from gradsmith_kernels.optim import AdamW
+
+    settings = recipe.training.optimizer
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    # Decay pulls matrices towards zero; on gains and biases it only fights the scale.
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = AdamW(
+        [group for group in groups if group["params"]],
+        lr=0.0,  # the loop sets the rate of every step; see below for why none before
+        betas=(settings.betas[0], settings.betas[1]),
+        eps=settings.eps,
+    )
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=deepspeed_config(recipe, world())
+    )
+    # DeepSpeed rounds buffers to 16 bits too. Rotary frequencies must not be: at position 500 the
+    # angle would be off by a radian, and the trained model be another than the one that is loaded.
+    for name, buffer in buffers.items():
+        owner, _, leaf = name.rpartition(".")
+        module = engine.module.get_submodule(owner)
+        setattr(module, leaf, buffer.to(getattr(module, leaf).device))
+    # DeepSpeed 0.19's stage 0 with 16-bit weights steps once on zero gradients while it is built.
+    # With a rate that decays the weights, and Adam's step count, hence its bias correction, is one
+    # ahead ever after: the losses differ from those of stages 1 to 3. Undo it.
+    base_optimizer(engine).state.clear()
+    return engine
+
+
+def base_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
+    """The optimizer that does the arithmetic, below whatever DeepSpeed wrapped around it."""
+    optimizer: torch.optim.Optimizer = engine.basic_optimizer
+    return optimizer
+
+
+def set_learning_rate(engine: DeepSpeedEngine, rate: float) -> None:
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+
+
+def check_precision(recipe: Recipe) -> None:
+    """
+    Raises:
+        UserError: this machine cannot compute in the recipe's precision.
+    """
+    if recipe.training.precision == "fp16" and not torch.cuda.is_available():
+        raise UserError(
+            "training.precision: found fp16, which needs a GPU; on a CPU allowed are bf16, fp32"
+        )

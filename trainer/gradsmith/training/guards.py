@@ -1,0 +1,135 @@
+"""What is refused before training, and what stops it: no run goes wrong in silence."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import signal
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any
+
+from ..errors import RunError, UserError
+from ..recipe import Recipe
+
+if TYPE_CHECKING:
+    from ..data.packing import Sequences
+    from ..data.shards import PreparedData
+
+MAX_SKIPPED = 20  # steps in a row with a gradient that is not finite
+
+
+def check_data(data: PreparedData, sequences: Sequences) -> None:
+    """
+    Raises:
+        UserError: there is nothing to learn from, or the model would never learn to stop.
+    """
+    if sequences.target_tokens == 0:
+        raise UserError("data: the training split has no target token: nothing to learn from")
+    train = data.manifest["splits"]["train"]
+    if train["eos_targets"] == 0:
+        raise UserError(
+            "data: the end-of-sequence token is in the loss of none of the "
+            f"{train['documents']} training documents, so the model would never learn to stop; "
+            "end the chat template's answers with eos_token, or raise data.sequence_length if "
+            "everything was truncated"
+        )
+
+
+def check_space(folder: Path, trainable: int, total: int, recipe: Recipe) -> None:
+    """
+    Raises:
+        UserError: the checkpoints that the recipe keeps do not fit on the disk.
+    """
+    saved = trainable if recipe.model.adapter else total
+    bytes_each = 12 * trainable + (4 if recipe.training.precision == "fp32" else 2) * saved
+    needed = bytes_each * (recipe.training.checkpoint.keep + 1)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"output: {folder} has {free / 1e9:.1f} GB free; training.checkpoint.keep "
+            f"{recipe.training.checkpoint.keep} needs {needed / 1e9:.1f} GB "
+            "(one more than is kept is there while it is written)"
+        )
+
+
+def check_same_run(before: Recipe, now: Recipe, folder: Path) -> None:
+    """A run goes on only as what it was.
+
+    Raises:
+        UserError: naming the keys that differ. How long to train, what to log and keep, and how
+            the work is laid out over machines may change.
+    """
+    free = {
+        "training": {
+            "steps", "tokens", "epochs", "minutes", "micro_batch", "zero", "log", "validate",
+            "checkpoint", "activation_checkpointing",
+        },
+        "model": {"kernels"},
+    }  # fmt: skip
+    old, new = before.dump(), now.dump()
+    changed = [
+        f"{part}.{key}: {old[part][key]} before, {new[part][key]} now"
+        for part in ("data", "model", "training")
+        for key in old[part]
+        if old[part][key] != new[part][key] and key not in free.get(part, set())
+    ]
+    if old["seed"] != new["seed"]:
+        changed.append(f"seed: {old['seed']} before, {new['seed']} now")
+    if changed:
+        raise UserError(
+            f"{folder}: the run there was started from another recipe:\n"
+            + "\n".join(f"  {line}" for line in changed)
+            + "\nGo on with the old values, start over with --fresh, or choose another output=..."
+        )
+
+
+class Divergence:
+    """Counts steps in a row that were skipped for a gradient that is not finite."""
+
+    def __init__(self) -> None:
+        self._skipped = 0
+
+    def check(self, step: int, loss: float, grad_norm: float) -> bool:
+        """Whether the step was sound.
+
+        Raises:
+            RunError: `MAX_SKIPPED` steps in a row were not.
+        """
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self._skipped = 0
+            return True
+        self._skipped += 1
+        if self._skipped >= MAX_SKIPPED:
+            raise RunError(
+                f"step {step}: loss {loss}, gradient norm {grad_norm}: {MAX_SKIPPED} steps in a "
+                "row were not finite. The last checkpoint is from before; a lower "
+                "training.optimizer.lr or a longer training.schedule.warmup usually helps"
+            )
+        return False
+
+
+class StopRequest:
+    """SIGINT and SIGTERM ask for a stop at the next step; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._asked)
+        return self
+
+    def _asked(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        signal.signal(number, self._before[number])
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

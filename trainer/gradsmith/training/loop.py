@@ -1,0 +1,426 @@
+"""The training loop. `train` builds everything, `_train` is the loop; the rest serves it.
+
+The loss of a step is Σ nll / N over the *global* batch, where N counts its target tokens: how the
+batch is split over micro-batches and ranks, and how its documents are packed, changes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from ..checks import check_recipe
+from ..console import TrainingProgress, quiet, say
+from ..data.loader import Batch, Loader, evaluation_batches
+from ..data.packing import Sequences
+from ..data.prepare import prepare
+from ..data.shards import PreparedData
+from ..errors import RunError, UserError
+from ..evaluation.metrics import SUMS, batch_sums, summarize
+from ..models.build import build_model
+from ..recipe import Recipe
+from ..run import Run
+from . import checkpoint, engine as engines, guards
+
+
+def train(recipe: Recipe, *, fresh: bool = False) -> dict[str, Any]:
+    """Trains what the recipe describes, going on from the newest checkpoint in its run's folder.
+
+    Call it in every process of a launch (or in one alone).
+
+    Args:
+        recipe: what to train.
+        fresh: start over: forget the checkpoints and metrics in the run's folder.
+
+    Returns:
+        The last training row of metrics.jsonl, and the last validation as `validation`.
+
+    Raises:
+        UserError: the recipe does not fit this machine, or not the run that is there.
+        RunError: training failed, or was stopped by a signal after it had saved.
+    """
+    run = Run(recipe.output)
+    engines.init_distributed()
+    rank, world = engines.rank(), engines.world()
+    check_recipe(recipe, world)
+    lock = run.lock() if rank == 0 else None
+    if lock is not None:
+        lock.__enter__()
+    try:
+        with quiet(run.logs / f"rank-{rank}.log"), guards.StopRequest() as stop:
+            session = _build(recipe, run, fresh)
+            return _train(session, stop)
+    finally:
+        if lock is not None:
+            lock.__exit__(None, None, None)
+
+
+@dataclass
+class Session:
+    """All that the loop needs."""
+
+    recipe: Recipe
+    run: Run
+    data: PreparedData
+    loader: Loader
+    engine: Any
+    total: int | None  # steps, or None when time is the limit
+    step: int = 0  # done
+    tokens: int = 0  # target tokens trained on
+    seconds: float = 0.0  # trained in earlier processes
+
+    def progress(self, elapsed: float) -> float:
+        """The share of the run that is done, from which the learning rate follows."""
+        if self.total is not None:
+            return self.step / self.total
+        minutes = self.recipe.training.minutes
+        assert minutes is not None
+        return min(1.0, elapsed / (60 * minutes))
+
+    def state(self, elapsed: float) -> dict[str, Any]:
+        return {
+            "tokens": self.tokens,
+            "seconds": elapsed,
+            "world": engines.world(),
+            "zero_stage": self.recipe.training.zero.stage,
+        }
+
+
+# ---------------------------------------------------------------------------------- the loop
+
+
+def _train(session: Session, stop: guards.StopRequest) -> dict[str, Any]:
+    recipe, run, engine = session.recipe, session.run, session.engine
+    settings, divergence = recipe.training, guards.Divergence()
+    minutes = settings.minutes if session.total is None else None
+    began = logged = time.monotonic()
+    tokens_logged = session.tokens
+    row: dict[str, Any] = {}
+    with TrainingProgress(recipe.name, session.total, session.step, minutes=minutes) as bar:
+        while True:
+            elapsed = _agree(session.seconds + time.monotonic() - began)
+            if (progress := session.progress(elapsed)) >= 1:
+                break
+            rate = learning_rate(recipe, progress)
+            engines.set_learning_rate(engine, rate)
+            loss, norm, targets, stopping = optimizer_step(session, stop.signal is not None)
+            session.step += 1
+            session.tokens += targets
+            sound = divergence.check(session.step, loss, norm)
+            if session.step % settings.log.every == 0 or session.step == session.total:
+                now = time.monotonic()
+                row = {
+                    "kind": "train",
+                    "step": session.step,
+                    "tokens": session.tokens,
+                    "loss": loss,
+                    "lr": rate,
+                    "grad_norm": norm,
+                    "tokens_per_second": (session.tokens - tokens_logged) / (now - logged),
+                    "time": session.seconds + now - began,
+                } | ({} if sound else {"skipped": True})
+                _log(run, row)
+                bar.update(session.step, row)
+                logged, tokens_logged = now, session.tokens
+            if session.step % settings.validate_.every == 0:
+                bar.update(session.step, validate(session, session.seconds + logged - began))
+                logged = time.monotonic()
+            if stopping or session.step % settings.checkpoint.every == 0:
+                _save(session, session.seconds + time.monotonic() - began)
+                logged = time.monotonic()
+            if stopping:
+                raise RunError(
+                    f"stopped by a signal after step {session.step}; the state is saved in "
+                    f"{run.checkpoints}, and the same command goes on from there"
+                )
+        if _newest_step(run) != session.step:
+            _save(session, elapsed)
+        validation = _last_row(run, "validation")
+        if validation is None or validation["step"] != session.step:
+            validation = validate(session, elapsed)
+            bar.update(session.step, validation)
+    if engines.rank() == 0:
+        _describe(session, elapsed)
+    return {**(row or _last_row(run, "train") or {}), "validation": validation}
+
+
+def optimizer_step(session: Session, asked_to_stop: bool = False) -> tuple[float, float, int, bool]:
+    """One step of the optimizer on one global batch.
+
+    Returns:
+        The loss in nats per target token of the global batch, the gradient's norm before
+        clipping, the number of target tokens, and whether any rank was asked to stop.
+    """
+    engine, recipe, loader = session.engine, session.recipe, session.loader
+    rank, world = engines.rank(), engines.world()
+    targets = loader.target_tokens(session.step)
+    seed_step(recipe.seed, session.step, rank)
+    total = torch.zeros(2, dtype=torch.float64)
+    total[1] = asked_to_stop
+    batches = loader.micro_batches(
+        session.step, rank=rank, world=world, micro_batch=recipe.training.micro_batch
+    )
+    norm: float | None = None
+    for number, batch in enumerate(batches):
+        nll = nll_sum(engine, batch)
+        total[0] += nll.detach().double().cpu()
+        # DeepSpeed averages over the ranks; times the number of ranks that is the sum.
+        engine.backward(nll * (world / max(1, targets)), scale_wrt_gas=False)
+        if number == len(batches) - 1 and engines.clips_itself(recipe):
+            parameters = [p for p in engine.module.parameters() if p.requires_grad]
+            clip = recipe.training.clip or math.inf
+            norm = float(torch.nn.utils.clip_grad_norm_(parameters, clip))
+            if not math.isfinite(norm):  # skip the step, as DeepSpeed does at the other stages
+                engine.module.zero_grad(set_to_none=True)
+        engine.step()
+    dist.all_reduce(total := total.to(engines.device()))
+    if norm is None:
+        norm = float(engine.get_global_grad_norm())
+    return float(total[0]) / max(1, targets), norm, targets, bool(total[1])
+
+
+def nll_sum(model: Any, batch: Batch) -> torch.Tensor:
+    """Σ −log p(target) over a micro-batch, in float32; a scalar that can be differentiated.
+
+    Packed documents do not see each other: positions restart at each of them, and without a
+    cache transformers takes the attention's blocks from the positions.
+    """
+    device = engines.device()
+    logits = model(
+        input_ids=batch.input_ids.to(device),
+        position_ids=batch.position_ids.to(device),
+        use_cache=False,
+    ).logits
+    return F.cross_entropy(
+        logits.flatten(0, 1).float(),
+        batch.labels.to(device).flatten(),
+        ignore_index=-100,
+        reduction="sum",
+    )
+
+
+def learning_rate(recipe: Recipe, progress: float) -> float:
+    """The rate at a share `progress` of the run: a linear rise, then the schedule's fall."""
+    peak, schedule = recipe.training.optimizer.lr, recipe.training.schedule
+    if progress < schedule.warmup:
+        total = recipe.training.steps
+        first = 1 / total if total else schedule.warmup / 100  # the first step moves too
+        return peak * min(1.0, (progress + first) / schedule.warmup)
+    x = (progress - schedule.warmup) / (1 - schedule.warmup)
+    fall = {"constant": 0.0, "linear": x, "cosine": 0.5 * (1 - math.cos(math.pi * x))}
+    return peak * (1 - (1 - schedule.final) * fall[schedule.name])
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seeds dropout as a function of (seed, step, rank), so a resumed run needs no RNG state."""
+    entropy = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]
+    torch.manual_seed(int(entropy >> np.uint64(1)))
+
+
+def validate(session: Session, elapsed: float) -> dict[str, Any]:
+    """Metrics on the first held-out sequences, over all ranks, as a row of metrics.jsonl."""
+    settings, rank, world = session.recipe.training, engines.rank(), engines.world()
+    if "validation" not in session.data.manifest["splits"]:
+        return {}
+    sequences = _sequences(session.recipe, session.data, "validation")
+    token_bytes = torch.from_numpy(np.asarray(session.data.token_bytes(), dtype=np.int64))
+    total = torch.zeros(len(SUMS), dtype=torch.float64)
+    session.engine.eval()
+    batches = evaluation_batches(
+        sequences,
+        rank=rank,
+        world=world,
+        batch=settings.micro_batch,
+        limit=settings.validate_.sequences,
+    )
+    for batch in batches:
+        total += batch_sums(session.engine, batch, token_bytes)
+    session.engine.train()
+    dist.all_reduce(total := total.to(engines.device()))
+    metrics = summarize(total.cpu())
+    row = {
+        "kind": "validation",
+        "step": session.step,
+        "tokens": session.tokens,
+        "loss": metrics["loss"],
+        "bits_per_byte": metrics["bits_per_byte"],
+        "accuracy": metrics["accuracy"],
+        "time": elapsed,
+    }
+    _log(session.run, row)
+    return row
+
+
+# ---------------------------------------------------------------------------------- building
+
+
+def _build(recipe: Recipe, run: Run, fresh: bool) -> Session:
+    data, start = _first(lambda: _open(recipe, run, fresh)), None
+    if data is None:  # another rank prepared it
+        data = PreparedData.open(run.data)
+    sequences = _sequences(recipe, data, "train")
+    guards.check_data(data, sequences)
+    loader = Loader(sequences, seed=recipe.seed, global_batch=recipe.training.global_batch)
+    start = _agree_on_checkpoint(run)
+    model, report = build_model(recipe, data, start)
+    parameters = list(model.parameters())
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    total = sum(p.numel() for p in parameters)
+    guards.check_space(run.folder, trainable, total, recipe)
+    session = Session(
+        recipe, run, data, loader, engines.build_engine(recipe, model), total_steps(recipe, loader)
+    )
+    if start is not None:
+        _resume(session, start)
+    if engines.rank() == 0:
+        run.rewind_metrics(session.step)
+        run.write_provenance(
+            parameters=total,
+            trainable_parameters=trainable,
+            world=engines.world(),
+            threads=torch.get_num_threads(),
+            zero=recipe.dump()["training"]["zero"],
+            accelerate=report.as_dict() if report is not None else None,
+            seconds=session.seconds,
+        )
+        say(_headline(session, total, trainable))
+    return session
+
+
+def _open(recipe: Recipe, run: Run, fresh: bool) -> PreparedData:
+    """What rank 0 does before the others look into the folder."""
+    import shutil
+
+    if fresh:
+        shutil.rmtree(run.checkpoints, ignore_errors=True)
+        for path in (run.metrics_path, run.evaluation_path, run.report_path):
+            path.unlink(missing_ok=True)
+    elif run.recipe_path.is_file() and run.checkpoints.is_dir():
+        guards.check_same_run(run.recipe(), recipe, run.folder)
+    run.write_recipe(recipe)
+    return prepare(recipe, log=say)
+
+
+def _first(work: Any) -> Any:
+    """Runs `work` on rank 0 while the others wait; its UserError ends all ranks."""
+    failed = torch.zeros(1, device=engines.device())
+    result, error = None, None
+    if engines.rank() == 0:
+        try:
+            result = work()
+        except UserError as caught:
+            error, failed[0] = caught, 1
+    dist.broadcast(failed, 0)
+    if error is not None:
+        raise error
+    if failed.item():
+        raise UserError("rank 0 refused to start; see its message")
+    return result
+
+
+def _agree_on_checkpoint(run: Run) -> Path | None:
+    """The checkpoint from which all ranks go on; rank 0 verifies its every byte."""
+    step = torch.full((1,), -1, dtype=torch.int64, device=engines.device())
+    if engines.rank() == 0:
+        path, complaints = checkpoint.newest_verified(run.checkpoints)
+        for complaint in complaints:
+            say(f"not used: {complaint}")
+        if path is not None:
+            step[0] = int(path.name.removeprefix("step-"))
+    dist.broadcast(step, 0)
+    return None if step.item() < 0 else run.checkpoints / f"step-{int(step.item()):06}"
+
+
+def _resume(session: Session, start: Path) -> None:
+    state = checkpoint.load_optimizer(session.engine, start)
+    session.step, session.tokens = state["step"], state["tokens"]
+    session.seconds = state["seconds"]
+    say(f"{session.recipe.name}: going on from {start}")
+
+
+def total_steps(recipe: Recipe, loader: Loader) -> int | None:
+    """The number of optimizer steps, or None when minutes limit the run."""
+    training, rows = recipe.training, len(loader.sequences)
+    if training.minutes is not None:
+        return None
+    if training.steps is not None:
+        return training.steps
+    if training.epochs is not None:
+        return max(1, round(training.epochs * rows / training.global_batch))
+    assert training.tokens is not None
+    per_step = training.global_batch * loader.sequences.target_tokens / rows
+    return max(1, math.ceil(training.tokens / per_step))
+
+
+def _sequences(recipe: Recipe, data: PreparedData, split: str) -> Sequences:
+    return Sequences(
+        data.split(split),
+        recipe.data.sequence_length,
+        recipe.data.packing,
+        data.task,
+        data.manifest["pad_id"],
+    )
+
+
+# --------------------------------------------------------------------------------- recording
+
+
+def _log(run: Run, row: dict[str, Any]) -> None:
+    if engines.rank() == 0:
+        run.append_metrics(row)
+
+
+def _save(session: Session, elapsed: float) -> None:
+    checkpoint.save(
+        session.engine,
+        session.data.tokenizer(),
+        session.run.checkpoints,
+        session.step,
+        session.state(elapsed),
+    )
+    if engines.rank() == 0:
+        checkpoint.keep_newest(session.run.checkpoints, session.recipe.training.checkpoint.keep)
+    dist.barrier()
+
+
+def _agree(seconds: float) -> float:
+    """Rank 0's clock, on every rank: ranks that disagree on the end would wait for each other."""
+    clock = torch.tensor([seconds], dtype=torch.float64, device=engines.device())
+    dist.broadcast(clock, 0)
+    return float(clock)
+
+
+def _newest_step(run: Run) -> int | None:
+    path = checkpoint.newest_checkpoint(run.checkpoints)
+    return int(path.name.removeprefix("step-")) if path else None
+
+
+def _last_row(run: Run, kind: str) -> dict[str, Any] | None:
+    return next((row for row in reversed(run.read_metrics()) if row["kind"] == kind), None)
+
+
+def _describe(session: Session, seconds: float) -> None:
+    from ..run import read_json, write_json
+
+    provenance = read_json(session.run.provenance_path)
+    write_json(session.run.provenance_path, {**provenance, "seconds": seconds})
+
+
+def _headline(session: Session, total: int, trainable: int) -> str:
+    recipe, world = session.recipe, engines.world()
+    share = "" if trainable == total else f", {trainable:,} of them trained"
+    rows = len(session.loader.sequences)
+    return (
+        f"{recipe.name}: {total:,} parameters{share}; {rows:,} sequences of "
+        f"{recipe.data.sequence_length}; {recipe.training.precision}, ZeRO-"
+        f"{recipe.training.zero.stage}, {world} rank{'s' * (world > 1)} x "
+        f"{torch.get_num_threads()} threads"
+    )
