@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
 from ..run import Run, write_json
-from .generate import Prompt, complete, encode_prompt
+from .generate import Prompt, complete, encode_prompt, encode_text
 
 if TYPE_CHECKING:
     from ..data.shards import PreparedData
@@ -34,7 +34,7 @@ def evaluate(run: Run | str | Path, *, split: str = "test") -> dict[str, Any]:
         generation: how the samples were drawn.
 
     Raises:
-        UserError: no such run or split, or nothing trained yet.
+        UserError: no such run, a split that is not held out or is empty, nothing trained yet.
     """
     from ..data.shards import PreparedData
     from ..models.build import load_for_inference
@@ -42,21 +42,23 @@ def evaluate(run: Run | str | Path, *, split: str = "test") -> dict[str, Any]:
     run = run if isinstance(run, Run) else Run.open(run)
     recipe = run.recipe()
     prepared = PreparedData.open(run.data)
-    splits = {name: s["documents"] for name, s in prepared.manifest["splits"].items()}
-    if not splits.get(split):
-        raise UserError(
-            f"split: found {split!r}; allowed are the splits of {run.data} that hold documents: "
-            + ", ".join(f"{name} ({count})" for name, count in splits.items() if count)
-        )
+    documents = prepared.held_out(split)  # before the model: a wrong split is said at once
     model, tokenizer = load_for_inference(run.folder)
-    metrics, drawn = _measure(model, tokenizer, recipe, prepared, split)
-    base = base_drawn = None
+    asked, scored = _questions(tokenizer, recipe, documents)
+    measure = functools.partial(_measure, tokenizer, recipe, prepared, split, asked, scored)
+    metrics, outputs = measure(model)
+    base = base_outputs = None
     with _base(model, recipe) as base_model:
-        if base_model is not None and _covers(base_model, prepared):
-            base, base_drawn = _measure(base_model, tokenizer, recipe, prepared, split)
+        if base_model is not None:
+            base, base_outputs = measure(base_model)
     samples = [
-        {**sample, "base_output": base_drawn[place]["output"] if base_drawn else None}
-        for place, sample in enumerate(drawn)
+        {
+            "prompt": _as_text(prompt),
+            "output": outputs[place],
+            "reference": reference,
+            "base_output": base_outputs[place] if base_outputs else None,
+        }
+        for place, (prompt, reference) in enumerate(asked)
     ]
     generation = recipe.evaluation.generation
     result = {
@@ -77,10 +79,41 @@ def evaluate(run: Run | str | Path, *, split: str = "test") -> dict[str, Any]:
     return result
 
 
+Question = tuple[Prompt, str | None]  # and, where there is one, the reference
+
+
+def _questions(
+    tokenizer: Any, recipe: Recipe, documents: Sequence[dict[str, Any]]
+) -> tuple[list[Question], list[Question]]:
+    """What the samples are drawn for, and for chat what ROUGE-L is measured on."""
+    generation = recipe.evaluation.generation
+    asked: list[Question]
+    scored: list[Question] = []
+    if recipe.data.task == "chat":
+        pairs = [_question_and_answer(document) for document in documents]
+        fitting = [
+            (question, answer)
+            for question, answer in pairs
+            if len(_encode(tokenizer, recipe, question)) < recipe.data.sequence_length
+        ]
+        asked, scored = _evenly(fitting, generation.count), _evenly(fitting, ROUGE_PAIRS)
+    else:
+        asked = _evenly(_beginnings(tokenizer, recipe, documents), generation.count)
+    if generation.prompts:
+        asked = [(prompt, None) for prompt in generation.prompts]
+    return asked, scored
+
+
 def _measure(
-    model: Any, tokenizer: Any, recipe: Recipe, prepared: PreparedData, split: str
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The metrics of one model, and its samples."""
+    tokenizer: Any,
+    recipe: Recipe,
+    prepared: PreparedData,
+    split: str,
+    asked: Sequence[Question],
+    scored: Sequence[Question],
+    model: Any,
+) -> tuple[dict[str, Any], list[str]]:
+    """The metrics of one model, and what it says to what it is asked."""
     from .metrics import evaluate_split
 
     metrics: dict[str, Any] = evaluate_split(
@@ -91,50 +124,30 @@ def _measure(
         packing=recipe.data.packing,
         batch=recipe.training.micro_batch,
     )
-    chat = prepared.task == "chat"
     generation = recipe.evaluation.generation
 
-    def answers(prompts: Sequence[Prompt], temperature: float) -> list[str]:
-        system = recipe.data.chat.system
-        ids = [encode_prompt(tokenizer, prompt, chat=chat, system=system) for prompt in prompts]
+    def outputs(questions: Sequence[Question], temperature: float) -> list[str]:
         return complete(
             model,
             tokenizer,
-            ids,
+            [_encode(tokenizer, recipe, question) for question, _ in questions],
             max_new_tokens=generation.max_new_tokens,
             temperature=temperature,
             top_p=generation.top_p,
             seed=recipe.seed,
         )
 
-    def fits(prompt: Prompt) -> bool:
-        ids = encode_prompt(tokenizer, prompt, chat=chat, system=recipe.data.chat.system)
-        return len(ids) < recipe.data.sequence_length
+    if scored:
+        answers = outputs(scored, 0.0)
+        scores = [rouge_l(a, r or "") for a, (_, r) in zip(answers, scored, strict=True)]
+        metrics["rouge_l"] = sum(scores) / len(scores)
+        metrics["rouge_l_pairs"] = len(scores)
+    return metrics, outputs(asked, generation.temperature)
 
-    if chat:
-        pairs = [_question_and_answer(document) for document in prepared.held_out(split)]
-        pairs = [pair for pair in pairs if fits(pair[0])]
-        chosen = _evenly(pairs, ROUGE_PAIRS)
-        if chosen:
-            outputs = answers([question for question, _ in chosen], 0.0)
-            scores = [
-                rouge_l(o, reference) for o, (_, reference) in zip(outputs, chosen, strict=True)
-            ]
-            metrics["rouge_l"] = sum(scores) / len(scores)
-            metrics["rouge_l_pairs"] = len(scores)
-    else:
-        pairs = _beginnings(tokenizer, recipe, prepared.held_out(split))
-    asked: list[tuple[Prompt, str | None]]
-    if generation.prompts:
-        asked = [(prompt, None) for prompt in generation.prompts]
-    else:
-        asked = list(_evenly(pairs, generation.count))
-    outputs = answers([prompt for prompt, _ in asked], generation.temperature)
-    samples = [
-        {"prompt": _as_text(prompt), "output": output, "reference": reference}
-        for (prompt, reference), output in zip(asked, outputs, strict=True)
-    ]
-    return metrics, samples
+
+def _encode(tokenizer: Any, recipe: Recipe, question: Prompt) -> list[int]:
+    data = recipe.data
+    return encode_prompt(tokenizer, question, chat=data.task == "chat", system=data.chat.system)
 
 
 @contextlib.contextmanager
@@ -144,17 +157,11 @@ def _base(model: Any, recipe: Recipe) -> Iterator[Any]:
 
     if recipe.model.from_ is None:
         yield None
-    elif hasattr(model, "disable_adapter"):
+    elif recipe.model.adapter is not None:
         with model.disable_adapter():
             yield model
     else:
         yield load_for_inference(resolve_base(recipe.model.from_))[0]
-
-
-def _covers(model: Any, prepared: PreparedData) -> bool:
-    """Whether a base has an embedding for every token; training may have added some."""
-    rows: int = model.get_input_embeddings().num_embeddings
-    return rows >= int(prepared.manifest["vocab_size"])
 
 
 def _yardsticks(recipe: Recipe, prepared: PreparedData, split: str) -> dict[str, Any]:
@@ -199,13 +206,13 @@ def target_text(
 
 def _beginnings(
     tokenizer: Any, recipe: Recipe, documents: Sequence[dict[str, Any]]
-) -> list[tuple[Prompt, str | None]]:
+) -> list[Question]:
     """Held-out documents as (beginning, how it went on), where they are long enough."""
     begin = max(1, min(64, recipe.data.sequence_length // 4))
     go_on = recipe.evaluation.generation.max_new_tokens
-    pairs: list[tuple[Prompt, str | None]] = []
+    pairs: list[Question] = []
     for document in _evenly(documents, 4 * recipe.evaluation.generation.count):
-        ids = tokenizer.encode(document["text"], add_special_tokens=False)
+        ids = encode_text(tokenizer, document["text"])
         if len(ids) >= 2 * begin:
             beginning, rest = ids[:begin], ids[begin : begin + go_on]
             pairs.append((tokenizer.decode(beginning), tokenizer.decode(rest)))
@@ -213,11 +220,10 @@ def _beginnings(
 
 
 def _question_and_answer(document: dict[str, Any]) -> tuple[Prompt, str]:
-    if "messages" not in document:
-        return document["prompt"], document["response"]
-    messages = document["messages"]
-    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-    return messages[:last], messages[last]["content"]
+    from ..data.chat import prompt_of
+
+    question = prompt_of(document["messages"])
+    return question, document["messages"][len(question)]["content"]
 
 
 def _as_text(prompt: Prompt) -> str:

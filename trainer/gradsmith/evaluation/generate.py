@@ -67,11 +67,11 @@ def generate(
 def encode_prompt(
     tokenizer: Any, prompt: Prompt, *, chat: bool, system: str | None = None
 ) -> list[int]:
-    """Token ids of a prompt as the model met them in training: BOS, or the chat template."""
+    """Token ids of a prompt as in training: behind BOS, or in the chat template."""
     if not chat:
         assert isinstance(prompt, str)
-        bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        return bos + list(tokenizer.encode(prompt, add_special_tokens=False))
+        bos = tokenizer.bos_token_id
+        return [tokenizer.eos_token_id if bos is None else bos, *encode_text(tokenizer, prompt)]
     if tokenizer.chat_template is None:
         raise UserError("chat: this model's tokenizer has no chat template; generate without chat")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
@@ -79,6 +79,14 @@ def encode_prompt(
         messages.insert(0, {"role": "system", "content": system})
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     return list(ids)
+
+
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of raw text as `prepare` makes them: "<|eos|>" in it is text, not the token."""
+    from ..data.tokenizer import special_tokens_as_text
+
+    with special_tokens_as_text(tokenizer) as backend:
+        return list(backend.encode(text, add_special_tokens=False).ids)
 
 
 def complete(
@@ -111,14 +119,18 @@ def complete(
     if pad is None:
         pad = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    texts = []
+    whole = [i for i, p in enumerate(prompts) if room is None or len(p) + max_new_tokens <= room]
+    batches = [whole[first : first + BATCH] for first in range(0, len(whole), BATCH)]
+    # A prompt that leaves no room for all new tokens goes alone: it must not shorten others'.
+    batches += [[i] for i in range(len(prompts)) if i not in set(whole)]
+    texts = [""] * len(prompts)
     was_training = model.training
     model.eval()
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
-            for start in range(0, len(prompts), BATCH):
-                rows = prompts[start : start + BATCH]
+            for batch in batches:
+                rows = [prompts[i] for i in batch]
                 longest = max(len(row) for row in rows)
                 ids = torch.full((len(rows), longest), pad, dtype=torch.int64)
                 mask = torch.zeros_like(ids)
@@ -139,12 +151,10 @@ def complete(
                         attention_mask=mask.to(device),
                         generation_config=config,
                     )
-                texts += [
-                    tokenizer.decode(
+                for i, row in zip(batch, out.tolist(), strict=True):
+                    texts[i] = tokenizer.decode(
                         row[longest:], skip_special_tokens=True, clean_up_tokenization_spaces=False
                     )
-                    for row in out.tolist()
-                ]
     finally:
         model.train(was_training)
     return texts

@@ -59,8 +59,10 @@ def batch_sums(model: Any, batch: Any, token_bytes: torch.Tensor) -> torch.Tenso
         losses = F.cross_entropy(target_logits, targets, reduction="none")
         nll += losses.double().sum().cpu()
         correct += int((target_logits.argmax(-1) == targets).sum())
-    targets = batch.labels[batch.labels != -100].cpu()
-    sizes = (targets.numel(), int(token_bytes[targets].sum()), correct, labels.shape[0])
+    counted = batch.labels != -100
+    targets = batch.labels[counted].cpu()
+    rows = int(counted.any(dim=1).sum())
+    sizes = (targets.numel(), int(token_bytes[targets].sum()), correct, rows)
     return torch.cat([nll.reshape(1), torch.tensor(sizes, dtype=torch.float64)])
 
 

@@ -135,7 +135,8 @@ class _Level:
         context, known = _find(self.contexts, keys >> np.uint64(8))
         ngram, met = _find(self.keys, keys)
         p = np.where(met, self.seen[ngram], 0.0) + self.left_over[context] * shorter
-        return np.where(known, p, shorter)
+        longer: np.ndarray = np.where(known, p, shorter)
+        return longer
 
 
 def _mask(length: int) -> np.uint64:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -156,7 +157,7 @@ def _tiles(c: _Contents) -> str:
             tiles.append(("ROUGE-L of its answers", f"{metrics['rouge_l']:.3f}", text))
         else:
             text = f"perplexity {label(metrics['perplexity'])}"
-            tiles.append(("Next token right", f"{metrics['accuracy']:.1%}", text))
+            tiles.append(("Next-token accuracy", f"{metrics['accuracy']:.1%}", text))
     elif c.validation and is_finite(c.validation[-1].get("loss")):
         last = c.validation[-1]
         text = f"nats per token, step {last['step']:,}"
@@ -200,7 +201,7 @@ def _results(c: _Contents) -> str:
     rows.sort(key=lambda row: row[1] if is_finite(row[1]) else math.inf)
     longest = max((value for _, value, _, _ in rows if is_finite(value)), default=1.0)
     rouge = "rouge_l" in metrics
-    heads = ["Loss, nats/token", "Perplexity", "Next token right"] + ["ROUGE-L"] * rouge
+    heads = ["Loss, nats/token", "Perplexity", "Next-token accuracy"] + ["ROUGE-L"] * rouge
     body = []
     for name, value, more, kind in rows:
         cells = ["", "", ""] + [""] * rouge
@@ -221,8 +222,8 @@ def _results(c: _Contents) -> str:
     if c.evaluation.get("task") == "chat":
         note += (
             "Only the answers count; the models see the questions, the yardsticks do not. "
-            "ROUGE-L is the F1 of the longest common run of words between a greedy answer and "
-            f"the reference, the mean over {metrics.get('rouge_l_pairs', 0)} held-out pairs. "
+            "ROUGE-L is the F1 of the longest common subsequence of words of a greedy answer "
+            f"and the reference, the mean over {metrics.get('rouge_l_pairs', 0)} held-out pairs. "
         )
     note += (
         "xz compresses the same bytes as one stream; the n-gram is trained on the training "
@@ -230,7 +231,7 @@ def _results(c: _Contents) -> str:
         "of documents too, the yardsticks do not."
     )
     return (
-        '<h3>Results</h3><div class="panel scroll"><table><thead><tr><th></th>'
+        '<h3>Results</h3><div class="panel scroll"><table class="results"><thead><tr><th></th>'
         '<th class="number">Bits per byte</th><th class="bar"></th>'
         + "".join(f'<th class="number">{head}</th>' for head in heads)
         + f'</tr></thead><tbody>{"".join(body)}</tbody></table></div><p class="note">{note}</p>'
@@ -253,7 +254,7 @@ def _curves(c: _Contents) -> str:
         return ""
     losses = _points(c.train, "loss")
     validation = _points(c.validation, "loss")
-    smoothed = smooth(losses, len(losses) / 25)
+    smoothed = smooth(losses, len(losses) // 25)
     large = [
         Chart(
             "Loss",
@@ -271,23 +272,22 @@ def _curves(c: _Contents) -> str:
         chat = c.recipe["data"]["task"] == "chat"
         yardsticks = [(n.split(" (")[0], v) for n, v in yardstick_rows(c.evaluation)]
         bits = _points(c.validation, "bits_per_byte")
-        if not chat and c.evaluation:
-            # Measured on another split than the points: near enough to orient, and said so.
-            split = c.evaluation["split"]
-            yardsticks = [(f"{name} ({split})", value) for name, value in yardsticks]
+        unit = "of validation answers" if chat else "of validation text"
+        if yardsticks:
+            unit += f"; dashed: yardsticks on the {c.evaluation['split']} split"
         large.append(
             Chart(
                 "Bits per byte",
                 [Series("validation", bits, "s1", dots=True)],
                 "step",
-                "of validation answers" if chat else "of validation text",
+                unit,
                 references=yardsticks,
                 log_y=_spread(bits) > 2.5,
             )
         )
     small = []
     for name, key, unit in (
-        ("Learning rate", "lr", "per step"),
+        ("Learning rate", "lr", "at each step"),
         ("Gradient norm", "grad_norm", "before clipping"),
         ("Speed", "tokens_per_second", "tokens per second"),
     ):
@@ -342,24 +342,24 @@ def _ledger(c: _Contents) -> str:
         lines = []
         for row in rows:
             what, documents, tokens = row["what"], row["documents"], row.get("tokens", 0)
-            kind = {"dropped": "out", "truncated": "out", "in": ""}.get(what, "on")
+            kind = "" if what == "in" else "on" if what in ("kept", *SPLITS) else "out"
             share = documents / most_documents if most_documents else tokens / (most_tokens or 1)
             why = ", ".join(str(row[key]) for key in ("reason", "source") if row.get(key))
             head = f'<th rowspan="{len(rows)}">{escape(step)}</th>' if row is rows[0] else ""
             lines.append(
                 f'<tr class="{kind}">{head}<td>{escape(what)}</td>'
-                f'<td class="number">{documents:,}</td>{_bar(share)}'
-                f'<td class="number">{f"{tokens:,}" if tokens else ""}</td>'
+                f'<td class="number">{f"{documents:,}" if documents or not tokens else ""}</td>'
+                f'{_bar(share)}<td class="number">{f"{tokens:,}" if tokens else ""}</td>'
                 f"<td>{escape(why)}</td></tr>"
             )
         bodies.append(f"<tbody>{''.join(lines)}</tbody>")
     ledger = (
         '<div class="panel scroll"><table class="ledger"><thead><tr><th>Step</th><th></th>'
         '<th class="number">Documents</th><th class="bar"></th><th class="number">Tokens</th>'
-        f"<th>Why, and whence</th></tr></thead>{''.join(bodies)}</table></div>"
+        f"<th>Reason, source</th></tr></thead>{''.join(bodies)}</table></div>"
     )
     splits = c.manifest.get("splits", {})
-    rows = [
+    sizes = [
         [
             name,
             f"{splits[name]['documents']:,}",
@@ -383,7 +383,7 @@ def _ledger(c: _Contents) -> str:
         "<h3>Data: what came in, what left, what was trained on</h3>"
         + (ledger if bodies else "")
         + '<div class="columns" style="margin-top:14px">'
-        + _table("Splits", ["", "Documents", "Tokens", "Targets", "Text"], rows, numbers=1)
+        + _table("Splits", ["", "Documents", "Tokens", "Targets", "Text"], sizes, numbers=1)
         + _table("Sources", ["Kind", "Path", "Files", "Size"], sources, numbers=2)
         + "</div>"
     )
@@ -465,7 +465,7 @@ def _machinery(c: _Contents) -> str:
             "Kernels",
             ["Op", "Backend"],
             [[op, str(backend)] for op, backend in (p.get("backends") or {}).items()]
-            + [[key, _flat(value)] for key, value in (p.get("accelerate") or {}).items()],
+            + _replaced(p.get("accelerate") or {}),
             numbers=2,
         ),
         _table("Machine", ["", ""], [[k, str(v)] for k, v in facts if v], numbers=2),
@@ -483,6 +483,18 @@ def _machinery(c: _Contents) -> str:
         "<details><summary>The recipe, as resolved</summary>"
         f"<pre>{escape(recipe)}</pre></details>"
     )
+
+
+def _replaced(report: dict[str, Any]) -> list[list[str]]:
+    """What `accelerate` put under the model, and what it left alone and why, counted."""
+    counts = Counter(
+        (f"{op} under the model", backend)
+        for op, backend in (report.get("replaced") or {}).values()
+    )
+    counts.update(("left alone", why) for why in (report.get("left_alone") or {}).values())
+    return [
+        [what, f"{how}, {count} module{'s' * (count > 1)}"] for (what, how), count in counts.items()
+    ]
 
 
 def _flat(value: Any) -> str:

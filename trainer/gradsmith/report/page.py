@@ -31,13 +31,13 @@ main, header, footer { max-width: 1120px; margin: 0 auto; padding: 0 24px; }
 header { padding-top: 44px; }
 h1 { font-size: 30px; line-height: 1.2; letter-spacing: -0.02em; margin: 0 0 6px; }
 h2 {
-  font-size: 22px; letter-spacing: -0.015em; margin: 56px 0 4px; padding-top: 22px;
+  font-size: 22px; letter-spacing: -0.015em; margin: 40px 0 4px; padding-top: 20px;
   border-top: 2px solid var(--ink);
 }
 h3 { font-size: 15px; margin: 34px 0 10px; }
 p { margin: 0 0 10px; max-width: 76ch; }
 .soft, .note { color: var(--soft); }
-.note { font-size: 13px; }
+.note { font-size: 13px; margin-top: 10px; }
 .eyebrow {
   color: var(--ember); font-size: 12px; font-weight: 650; letter-spacing: 0.09em;
   text-transform: uppercase; margin: 0 0 8px;
@@ -71,6 +71,7 @@ nav a:hover { text-decoration: underline; }
 .chart figcaption { font-weight: 620; font-size: 14px; }
 .chart figcaption span { color: var(--soft); font-weight: 400; margin-left: 6px; font-size: 13px; }
 .chart svg { display: block; width: 100%; max-width: 700px; height: auto; margin-top: 6px; }
+.charts.three svg { max-width: 430px; }
 .chart text { fill: var(--soft); font-size: 11.5px; }
 .chart text.y, .chart text.reference { text-anchor: end; }
 .chart text.x { text-anchor: middle; }
@@ -109,7 +110,8 @@ table { border-collapse: collapse; width: 100%; font-size: 14px; }
 th, td { text-align: left; padding: 6px 14px 6px 0; vertical-align: top; }
 thead th { color: var(--soft); font-weight: 500; font-size: 12.5px; vertical-align: bottom; }
 tbody tr, thead tr { border-bottom: 1px solid var(--rule); }
-tbody th { font-weight: 600; }
+tbody th { font-weight: 600; min-width: 104px; }
+.results tbody th { min-width: 160px; }
 tr.ours td, tr.ours th { color: var(--ember); font-weight: 640; }
 .number { text-align: right; white-space: nowrap; }
 th:last-child, td:last-child { padding-right: 0; }

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 POINTS = 480  # a line is drawn through at most this many: more than its width in pixels shows
 
@@ -45,15 +45,15 @@ def is_finite(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def smooth(points: Sequence[tuple[float, float]], window: float) -> list[tuple[float, float]]:
-    """Exponential moving average over about `window` points, without the bias of its start."""
-    keep = 1 - 1 / max(window, 1.0)
-    total = weight = 0.0
+def smooth(points: Sequence[tuple[float, float]], window: int) -> list[tuple[float, float]]:
+    """Mean over `window` points around each, fewer near the ends: unlike a running average it
+    does not lag where the curve is steep. Values that are not finite are left out."""
+    finite = [(x, y) for x, y in points if math.isfinite(y)]
+    sums = [0.0, *accumulate(y for _, y in finite)]
     out = []
-    for x, y in points:
-        if math.isfinite(y):
-            total, weight = keep * total + y, keep * weight + 1
-            out.append((x, total / weight))
+    for i, (x, _) in enumerate(finite):
+        reach = min(window // 2, i, len(finite) - 1 - i)
+        out.append((x, (sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1)))
     return out
 
 
@@ -74,7 +74,7 @@ def thin(points: Sequence[tuple[float, float]], most: int = POINTS) -> list[tupl
     return out
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
+def ticks(low: float, high: float, count: int = 6) -> list[float]:
     """Round numbers (1, 2 or 5 times a power of ten apart) within [low, high]."""
     if not high > low:
         return [low]
