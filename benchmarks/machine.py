@@ -9,6 +9,7 @@ import re
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def gpu_clock() -> Clock:
         call()
         end.record()
         end.synchronize()
-        return begin.elapsed_time(end) / 1e3
+        return float(begin.elapsed_time(end)) / 1e3
 
     return clock
 
@@ -77,7 +78,7 @@ def measure_rates(device: str, clock: Clock) -> dict[str, float]:
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
         out = torch.empty_like(a)
-        seconds = _median(lambda a=a, b=b, out=out: torch.matmul(a, b, out=out), clock)
+        seconds = _median(partial(torch.matmul, a, b, out=out), clock)
         rates[f"matmul_{name}_flops"] = 2 * size**3 / seconds
     source = torch.randn(numbers, device=device)
     target = torch.empty_like(source)

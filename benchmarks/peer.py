@@ -1,4 +1,4 @@
-"""The end-to-end peer, run by test_end_to_end.py as `python -m benchmarks.peer RUN [--compile]`.
+"""The end-to-end peer, run by test_end_to_end.py as `python benchmarks/peer.py RUN [--compile]`.
 
 The loop that a practitioner writes with transformers, peft and torch.optim.AdamW(fused=True): the
 model in bf16, the same weights, batches, order, loss and clipping as the gradsmith run in the
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+
 from gradsmith.data.loader import Loader
 from gradsmith.data.packing import Sequences
 from gradsmith.data.shards import PreparedData
@@ -38,7 +39,8 @@ def flops_per_token(model: Any, sequence_length: int) -> float:
         if tied or p is not embedding
     )
     config = model.config
-    return weights + 6 * config.num_hidden_layers * config.hidden_size * sequence_length
+    attention = 6 * config.num_hidden_layers * config.hidden_size * sequence_length
+    return float(weights + attention)
 
 
 def main() -> None:
@@ -51,7 +53,8 @@ def main() -> None:
 
     run = Run.open(arguments.run)
     recipe = run.recipe()
-    training, adapter = recipe.training, recipe.model.adapter
+    training: Any = recipe.training
+    adapter: Any = recipe.model.adapter
     data = PreparedData.open(run.data)
     sequences = Sequences(
         data.split("train"),
@@ -103,13 +106,13 @@ def main() -> None:
             loss = F.cross_entropy(
                 logits.float().flatten(0, 1), batch.labels.flatten(), reduction="sum"
             )
-            (loss / targets).backward()
+            torch.autograd.backward(loss / targets)
             total += loss.item() / targets
         torch.nn.utils.clip_grad_norm_(trained, training.clip)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(total)
         seconds.append(time.perf_counter() - begin)
+        losses.append(total)
     print(json.dumps({"losses": losses, "seconds": seconds, "flops_per_token": flops}))
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,6 +21,7 @@ import yaml
 
 from .machine import summary
 
+PEER = str(Path(__file__).with_name("peer.py"))
 WARMUP = 3  # steps at the start of every process that are not counted
 TURNS = 2
 FIRST_LOSS, LAST_LOSS = 0.01, 0.05  # relative; ours keeps float32 masters, the peer does not
@@ -70,25 +72,24 @@ def write_recipe(folder: Path, name: str, *trees: dict[str, Any]) -> Path:
 
 def run(*command: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", *command],
+        [sys.executable, *command],
         capture_output=True,
         text=True,
         env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
-        cwd=Path(__file__).parent.parent,
     )
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
     return done.stdout
 
 
 def gradsmith_turn(recipe: Path) -> dict[str, list[float]]:
-    run("gradsmith", "train", str(recipe), "--fresh")
+    run("-m", "gradsmith", "train", str(recipe), "--fresh")
     output = Path(yaml.safe_load(recipe.read_text(encoding="utf-8"))["output"])
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if row["kind"] == "train"]
     return {
         "losses": [row["loss"] for row in steps],
         # from a step's logging to the next one's: everything that a step costs
-        "seconds": [b["time"] - a["time"] for a, b in zip(steps, steps[1:], strict=False)],
+        "seconds": [b["time"] - a["time"] for a, b in pairwise(steps)],
     }
 
 
@@ -105,7 +106,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "training": {"steps": 4},
         },
     )
-    run("gradsmith", "train", str(recipe))
+    run("-m", "gradsmith", "train", str(recipe))
     return folder / "base"
 
 
@@ -122,7 +123,7 @@ def test_training(task: str, base: Path, rows: list[dict[str, Any]], quick: bool
         ours = gradsmith_turn(recipe)
         seconds["gradsmith"] += ours["seconds"][WARMUP - 1 :]
         for name, options in peers.items():
-            peer = json.loads(run("benchmarks.peer", output, *options).splitlines()[-1])
+            peer = json.loads(run(PEER, output, *options).splitlines()[-1])
             assert peer["losses"][0] == pytest.approx(ours["losses"][0], rel=FIRST_LOSS)
             assert peer["losses"][-1] == pytest.approx(ours["losses"][-1], rel=LAST_LOSS)
             seconds[name] += peer["seconds"][WARMUP:]
