@@ -76,7 +76,7 @@ class Split(Node):
 
 
 class TokenizerTraining(Node):
-    vocab_size: Annotated[int, Field(ge=260, le=1_000_000)] = 4096
+    vocab_size: Annotated[int, Field(ge=261, le=1_000_000)] = 4096  # bytes + 5
 
 
 class Tokenizer(Node):
