@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -19,8 +18,8 @@ from ..run import Run, write_json
 from .chat import CHATML, render
 from .clean import clean, deduplicate
 from .document import Document, Ledger
-from .shards import FORMAT, HashedFile, PreparedData, ShardWriter
-from .sources import check_sources, fingerprint, read
+from .shards import FORMAT, HashedFile, PreparedData, ShardWriter, file_entry
+from .sources import check_sources, decode, fingerprint, read
 from .split import SPLITS, assign
 from .tokenizer import (
     find_tokenizer,
@@ -30,6 +29,10 @@ from .tokenizer import (
     train_tokenizer,
 )
 
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja",
+)  # fmt: skip
 CHUNK = 256  # documents that are tokenised together, by several threads
 
 
@@ -71,7 +74,7 @@ def prepare(recipe: Recipe, *, log: Callable[[str], None] = print) -> PreparedDa
         "pad_id": tokenizer.pad_token_id,
         "sequence_length": recipe.data.sequence_length,
         **inputs,
-        "tokenizer": {"files": _files_in(scratch / "tokenizer")},
+        "tokenizer": {"files": _files_in(scratch / "tokenizer", TOKENIZER_FILES)},
         "ledger": ledger.rows(),
         "splits": splits,
     }
@@ -119,22 +122,14 @@ def _inputs(recipe: Recipe) -> dict[str, Any]:
     place, template = _tokenizer_place(recipe), data.chat.template
     return {
         "sources": sources,
-        "tokenizer_from": place
-        and {"path": place[0], "files": _files_in(Path(place[0]), "token*")},
-        "template_from": template
-        and _files_in(_template_file(template).parent, Path(template).name),
+        "tokenizer_from": _files_in(Path(place[0]), TOKENIZER_FILES) if place else None,
+        "template_from": file_entry(_template_file(template)) if template else None,
     }
 
 
-def _files_in(folder: Path, pattern: str = "*") -> dict[str, dict[str, Any]]:
-    """Name -> {bytes, sha256} of a folder's files."""
-    found = {}
-    for path in sorted(folder.glob(pattern)):
-        if path.is_file():
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            found[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
-    return found
+def _files_in(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Name -> {bytes, sha256} of those of the files that are there."""
+    return {name: file_entry(folder / name) for name in names if (folder / name).is_file()}
 
 
 def _template_file(template: str) -> Path:
@@ -230,7 +225,8 @@ def _tokenizer(recipe: Recipe, scratch: Path, ledger: Ledger, log: Callable[[str
             log(f"the vocabulary has {len(tokenizer):,} tokens: {reason}")
     template = recipe.data.chat.template
     if template is not None:
-        tokenizer.chat_template = _template_file(template).read_text(encoding="utf-8")
+        file = _template_file(template)
+        tokenizer.chat_template = decode(file.read_bytes(), file)
     elif tokenizer.chat_template is None:
         tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(scratch / "tokenizer")
@@ -266,8 +262,8 @@ def _tokenise(
         recipe, _read_spool(scratch, name), tokenizer, ledger
     ):
         writer.add(ids, targets)
-        last = ids if targets is None else ids[targets]
-        eos = int((last == tokenizer.eos_token_id).sum()) if targets is not None else 1
+        in_loss = ids[1:] if targets is None else ids[targets]
+        eos = int((in_loss == tokenizer.eos_token_id).sum())
         eos_targets += eos
         if not eos:
             reason = "no EOS in the loss: nothing teaches the model to stop"

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -44,6 +43,16 @@ class HashedFile:
         return {"bytes": self.size, "sha256": self._hash.hexdigest()}
 
 
+def file_entry(path: Path) -> dict[str, Any]:
+    """A file's {bytes, sha256}."""
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return {"bytes": file.tell(), "sha256": digest}
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
 class ShardWriter:
     """Appends documents to one split's shard."""
 
@@ -55,8 +64,8 @@ class ShardWriter:
         self._offsets.write(np.zeros(1, "<u8").tobytes())
         self.documents = self.tokens = self.target_tokens = 0
 
-    def add(self, ids: Sequence[int], targets: np.ndarray | None = None) -> None:
-        self._tokens.write(np.asarray(ids, self._dtype).tobytes())
+    def add(self, ids: np.ndarray, targets: np.ndarray | None = None) -> None:
+        self._tokens.write(ids.astype(self._dtype).tobytes())
         self.documents += 1
         self.tokens += len(ids)
         if self._targets is None:
@@ -149,18 +158,13 @@ class PreparedData:
         for name, entry in self._files().items():
             path = self.folder / name
             if not path.is_file():
-                raise UserError(f"{path}: missing, though the manifest lists it; prepare again")
-            size = path.stat().st_size
-            if size != entry["bytes"]:
-                raise UserError(
-                    f"{path}: damaged: {size} bytes, where the manifest has {entry['bytes']}; "
-                    "delete the data folder and prepare again"
-                )
-            with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                raise UserError(f"{path}: missing, though the manifest lists it")
+            found = file_entry(path)
+            for what in ("bytes", "sha256"):
+                if found[what] != entry[what]:
                     raise UserError(
-                        f"{path}: damaged: its SHA-256 is not the manifest's; delete the data "
-                        "folder and prepare again"
+                        f"{path}: damaged: {what} {found[what]}, where the manifest has "
+                        f"{entry[what]}; delete the data folder and prepare again"
                     )
 
     def tokenizer(self) -> Any:

@@ -26,6 +26,7 @@ from ..errors import UserError, did_you_mean
 from ..recipe import Data, Source
 from .chat import docstring_pairs, prompt_of
 from .document import Document, Ledger, Messages, content_digest
+from .shards import file_entry
 
 SUFFIXES = {"text": "", "jsonl": ".jsonl", "parquet": ".parquet"}
 SMALLEST_BLOCK = 1024  # bytes; see `_blocks`
@@ -65,7 +66,7 @@ def read(data: Data, ledger: Ledger) -> Iterator[Document]:
     """
     for number, source in enumerate(data.sources):
         documents = _documents(source, data.task, f"data.sources.{number}", ledger)
-        for document in islice(documents, source.limit):
+        for document in islice(_readable(documents), source.limit):
             try:
                 document.digest()
                 if document.messages is not None and document.group is None:
@@ -79,8 +80,15 @@ def read(data: Data, ledger: Ledger) -> Iterator[Document]:
             yield document
 
 
+def _readable(documents: Iterator[Document]) -> Iterator[Document]:
+    try:
+        yield from documents
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from None
+
+
 def _documents(source: Source, task: str, where: str, ledger: Ledger) -> Iterator[Document]:
-    name = describe(source)
+    name = _name(source)
     if source.kind == "python_stdlib":
         yield from _python_stdlib(task, ledger)
         return
@@ -94,7 +102,7 @@ def _documents(source: Source, task: str, where: str, ledger: Ledger) -> Iterato
         yield document
 
 
-def describe(source: Source) -> str:
+def _name(source: Source) -> str:
     return source.kind if source.path is None else f"{source.kind} {source.path}"
 
 
@@ -142,11 +150,10 @@ def fingerprint(source: Source, where: str) -> dict[str, Any]:
         root, files = None, files_of(source, where)
     whole, size = hashlib.sha256(), 0
     for file in files:
-        with file.open("rb") as handle:
-            digest = hashlib.file_digest(handle, "sha256").hexdigest()
-        size += file.stat().st_size
+        entry = file_entry(file)
+        size += entry["bytes"]
         name = file.relative_to(root) if root else file.name
-        whole.update(f"{name}\0{digest}\n".encode())
+        whole.update(f"{name}\0{entry['sha256']}\n".encode())
     return {
         "kind": source.kind,
         "path": source.path,
@@ -156,7 +163,7 @@ def fingerprint(source: Source, where: str) -> dict[str, Any]:
     }
 
 
-def _decode(data: bytes, file: Path, offset: int = 0) -> str:
+def decode(data: bytes, file: Path, offset: int = 0) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -172,7 +179,7 @@ def _lines(file: Path) -> Iterator[str]:
     offset = 0
     with file.open("rb") as handle:
         for line in handle:
-            text = _decode(line, file, offset)
+            text = decode(line, file, offset)
             yield text.removeprefix("\ufeff") if offset == 0 else text
             offset += len(line)
 
@@ -189,7 +196,7 @@ def _texts(source: Source, where: str) -> Iterator[Document]:
             yield Document(str(files[0]), block, follows=number > 0)
     else:
         for file in files:
-            yield Document(str(file), _decode(file.read_bytes(), file).removeprefix("\ufeff"))
+            yield Document(str(file), decode(file.read_bytes(), file).removeprefix("\ufeff"))
 
 
 def _blocks(lines: Iterator[str]) -> Iterator[str]:
@@ -250,8 +257,8 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
             raise UserError(
                 f"{at}: not readable as JSON: {error.msg} at column {error.colno}"
             ) from None
-        except RecursionError:
-            raise UserError(f"{at}: not readable as JSON: nested too deeply") from None
+        except (ValueError, RecursionError) as error:  # a number of 5000 digits, 1000 brackets
+            raise UserError(f"{at}: not readable as JSON: {error}") from None
         if not isinstance(row, dict):
             raise UserError(f"{at}: each line is a JSON object; found {_kind(row)}")
         yield row, at
@@ -278,6 +285,7 @@ def _parquet_rows(file: Path, columns: list[str]) -> Iterator[tuple[dict[str, An
 def _dataset_rows(source: Source, where: str) -> Iterator[tuple[dict[str, Any], str]]:
     import datasets
 
+    datasets.disable_progress_bars()
     assert source.path is not None
     path = Path(source.path).expanduser()
     saved = any((path / n).is_file() for n in ("dataset_info.json", "dataset_dict.json"))
@@ -295,11 +303,7 @@ def _dataset_rows(source: Source, where: str) -> Iterator[tuple[dict[str, Any], 
             found = datasets.load_dataset(source.path, split=source.split, streaming=True)
         for number, row in enumerate(found, 1):
             yield row, f"{source.path}:{source.split}:row {number}"
-    except UserError:
-        raise
-    except Exception as error:  # the library raises some twenty kinds, its own and others'
-        if not isinstance(error, OSError | ValueError | RuntimeError | ImportError):
-            raise
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"{where}.path: cannot load the dataset {source.path}: {error}") from None
 
 

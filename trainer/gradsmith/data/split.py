@@ -28,21 +28,28 @@ def assign(
     documents: Iterable[Document], shares: Split, ledger: Ledger
 ) -> Iterator[tuple[str, Document]]:
     """Pairs (split, document); neighbouring blocks of one file on one side are joined again."""
+    parts: list[str] = []  # of the document that is waiting for its end
+    length = 0
     waiting: tuple[str, Document] | None = None
+
+    def complete(name: str, document: Document) -> tuple[str, Document]:
+        if len(parts) > 1:
+            document.text = "".join(parts)
+        ledger.add("split", name)
+        return name, document
+
     for document in documents:
         ledger.add("split", "in")
         assert document.group is not None  # deduplicate has set it
         name = side(document.group, shares)
         if waiting is not None:
-            last_name, last = waiting
-            room = LONGEST_JOINED - len(last.text) - len(document.text)
-            if document.follows and last_name == name and room >= 0:
-                last.text += document.text
+            fits = length + len(document.text) <= LONGEST_JOINED
+            if document.follows and name == waiting[0] and fits:
+                parts.append(document.text)
+                length += len(document.text)
                 ledger.add("split", "joined", reason="to the block before it in its file")
                 continue
-            ledger.add("split", last_name)
-            yield waiting
-        waiting = (name, document)
+            yield complete(*waiting)
+        waiting, parts, length = (name, document), [document.text], len(document.text)
     if waiting is not None:
-        ledger.add("split", waiting[0])
-        yield waiting
+        yield complete(*waiting)
