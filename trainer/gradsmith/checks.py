@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .console import quiet
 from .errors import UserError, did_you_mean
 from .recipe import Recipe
 
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 # Read by transformers for models with rotary positions, though no config class declares them.
 ROTARY_KEYS = {"rope_theta", "rope_scaling", "partial_rotary_factor"}
@@ -149,7 +151,7 @@ def describe_model(recipe: Recipe) -> Any:
     """
     import torch
 
-    with _quiet_transformers():
+    with quiet(Path(os.devnull)):  # what libraries say of a model that is only looked at
         if recipe.model.architecture is not None:
             config = config_of(recipe)
             where = "model.config"
@@ -204,9 +206,17 @@ def config_of(recipe: Recipe, vocab_size: int | None = None) -> Any:
             f"{vocab_size}; leave it out to take the tokenizer's"
         )
     try:
-        return config_class(**values)
+        config = config_class(**values)
     except Exception as error:
         raise UserError(f"model.config: {_told(error)}") from None
+    heads = getattr(config, "num_attention_heads", None)
+    shared = getattr(config, "num_key_value_heads", None)
+    if heads and shared and heads % shared:
+        raise UserError(
+            f"model.config.num_key_value_heads: found {shared}, which does not divide the "
+            f"num_attention_heads of {heads}"
+        )
+    return config
 
 
 def _config_keys(config_class: Any) -> set[str]:
@@ -245,8 +255,10 @@ def _config_from(name: str) -> Any:
     local = Path(place).is_dir()
     if local:
         _check_weights(Path(place))
-    elif not HUB_NAME.fullmatch(name):
-        raise UserError(f"model.from: {name}: no such folder")
+    elif not HUB_NAME.fullmatch(name) or Path(name).parent.is_dir():
+        parent = Path(name).parent
+        near = did_you_mean(Path(name).name, (p.name for p in parent.glob("*")))
+        raise UserError(f"model.from: {name}: no such folder.{near}")
     try:
         return AutoConfig.from_pretrained(place, trust_remote_code=False)
     except Exception as error:
@@ -326,20 +338,3 @@ def _told(error: Exception) -> str:
         del lines[0]  # "Class validation error for validator 'validate_architecture':"
     text = re.sub(r"^(Value|Type)Error: ", "", " ".join(lines))
     return f"{type(error).__name__}: {text}" if isinstance(error, KeyError) else text
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Library warnings about a model that is only looked at stay out of the terminal."""
-    import warnings
-
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)

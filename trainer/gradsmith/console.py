@@ -33,14 +33,16 @@ def quiet(log: Path) -> Iterator[None]:
 
     On the level of file descriptors, because what floods a terminal (DeepSpeed, gloo, compilers)
     writes from C++ and from child processes too. An exception leaves the block before it is shown,
-    so error messages reach the terminal.
+    so error messages reach the terminal. May be nested.
     """
     global _stream
+    outer = _stream
     log.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
-    with log.open("a") as file, os.fdopen(os.dup(1), "w", buffering=1) as _stream:
+    with log.open("a") as file, os.fdopen(os.dup(1), "w", buffering=1) as terminal:
+        _stream = outer or terminal
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         try:
@@ -51,7 +53,7 @@ def quiet(log: Path) -> Iterator[None]:
             for fd, original in zip((1, 2), saved, strict=True):
                 os.dup2(original, fd)
                 os.close(original)
-            _stream = None
+            _stream = outer
 
 
 def say(text: str) -> None:

@@ -96,8 +96,8 @@ def _check_options(job: Job) -> None:
     if len(chosen) > 1:
         raise UserError(f"{' and '.join(chosen)} are different ways to start; choose one")
     if job.hostfile is not None:
-        for name, value in {"--nproc": job.nproc, "--nnodes": job.nnodes}.items():
-            if value is not None:
+        for name, count in {"--nproc": job.nproc, "--nnodes": job.nnodes}.items():
+            if count is not None:
                 raise UserError(f"{name} does not go with --hostfile: its slots say how many")
     elif job.slurm:
         if job.nnodes is None or job.nproc is None:
