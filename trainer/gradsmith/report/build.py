@@ -134,6 +134,9 @@ def _warnings(c: _Contents) -> str:
     if odd:
         steps = ", ".join(map(str, odd[:8])) + (", ..." if len(odd) > 8 else "")
         out.append(f"The loss was not a finite number in {len(odd)} logged steps: {steps}.")
+    skipped = sum(bool(row.get("skipped")) for row in c.train)
+    if skipped:
+        out.append(f"{skipped} logged steps changed nothing: their gradient was not finite.")
     if c.train and not c.evaluation:
         out.append("Not evaluated yet: gradsmith evaluate adds results and samples.")
     return "".join(f'<p class="warning">{escape(text)}</p>' for text in out)
@@ -402,8 +405,9 @@ def _table(title: str, heads: list[str], rows: list[list[str]], numbers: int) ->
 
     body = "".join(f"<tr>{line('td', row)}</tr>" for row in rows)
     return (
-        f'<div class="panel scroll"><h3 style="margin-top:8px">{escape(title)}</h3><table><thead>'
-        f"<tr>{line('th', heads)}</tr></thead><tbody>{body}</tbody></table></div>"
+        f'<div class="panel scroll"><h3 style="margin-top:8px">{escape(title)}</h3><table>'
+        + (f"<thead><tr>{line('th', heads)}</tr></thead>" if heads else "")
+        + f"<tbody>{body}</tbody></table></div>"
     )
 
 
@@ -447,6 +451,7 @@ def _machinery(c: _Contents) -> str:
     p = c.provenance
     git = p.get("git") or {}
     commit = git.get("commit", "")[:12] + (" with local changes" if git.get("dirty") else "")
+    versions = {"python": p.get("python", "unknown"), **p.get("versions", {})}
     facts = [
         ("processor", p.get("cpu")),
         ("accelerator", p.get("gpu")),
@@ -468,12 +473,11 @@ def _machinery(c: _Contents) -> str:
             + _replaced(p.get("accelerate") or {}),
             numbers=2,
         ),
-        _table("Machine", ["", ""], [[k, str(v)] for k, v in facts if v], numbers=2),
+        _table("Machine", [], [[k, str(v)] for k, v in facts if v], numbers=2),
         _table(
             "Versions",
-            ["", ""],
-            [["python", p["python"]]] * ("python" in p)
-            + [list(i) for i in p.get("versions", {}).items()],
+            [],
+            [[name, version] for name, version in versions.items()],
             numbers=2,
         ),
     ]
@@ -524,6 +528,6 @@ def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
-    if minutes < 90:
+    if minutes < 60:
         return f"{minutes} min {rest:02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
