@@ -20,6 +20,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NoReturn
 
 from .errors import RunError, UserError
 from .recipe import Recipe, load_recipe
@@ -76,10 +77,10 @@ def launch(job: Job, *, dry_run: bool = False) -> int:
         print((setting if threads else "") + shlex.join(command))
         return 0
 
-    from .checks import check_recipe
-
-    check_recipe(recipe, world)
     if threads is None:
+        from .checks import check_recipe
+
+        check_recipe(recipe, world)  # DeepSpeed's launcher would let every rank say what is wrong
         return subprocess.run(command).returncode
     # Without it torchrun gives each process one thread.
     os.environ.setdefault("OMP_NUM_THREADS", threads)
@@ -164,7 +165,7 @@ def _run_torchrun(arguments: list[str]) -> int:
     try:
         torchrun.run(torchrun.parse_args(arguments))
     except ChildFailedError as error:
-        return _explain_failure(error)
+        _explain_failure(error)
     except SignalException as stop:
         if stop.sigval == signal.SIGINT:
             raise KeyboardInterrupt from None
@@ -175,23 +176,21 @@ def _run_torchrun(arguments: list[str]) -> int:
     return 0
 
 
-def _explain_failure(error: object) -> int:
-    """Maps what torchrun saw to this command's end: the message and code of the first process
-    that gave a reason, or the fate of the first that died without one."""
-    failures = sorted(error.failures.items(), key=lambda item: item[1].timestamp)  # type: ignore[attr-defined]
-    told = [failure for _, failure in failures if failure.error_file_data.get("message")]
+def _explain_failure(error: Any) -> NoReturn:
+    """Maps a torchrun ChildFailedError to this command's end: the message of the first rank that
+    gave a reason, or the fate of the first that died without one."""
+    failures = [failure for _, failure in sorted(error.failures.items())]
+    told = [failure for failure in failures if failure.error_file_data.get("message")]
     if told:
-        if told[0].exitcode == 2:
-            raise UserError(told[0].message)
-        raise RunError(told[0].message)
-    rank, failure = failures[0]
+        kind = UserError if told[0].exitcode == 2 else RunError
+        raise kind(told[0].message)
+    rank, failure = error.get_first_failure()
     if failure.exitcode < 0:
         cause = f"was killed by {failure.signal_name()}"
         if -failure.exitcode == signal.SIGKILL:
-            cause += " (most often: the machine ran out of memory)"
+            cause += " (most often because the machine ran out of memory)"
         raise RunError(f"rank {rank} {cause}")
-    print(f"error: rank {rank} ended with exit code {failure.exitcode}", file=sys.stderr)
-    return int(failure.exitcode)
+    raise RunError(f"rank {rank} ended with exit code {failure.exitcode}")
 
 
 def physical_cores() -> int:
