@@ -26,7 +26,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 class Node(BaseModel):
     """A branch of the recipe: unknown keys refused, no silent conversions ("8" is not 8)."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 # --------------------------------------------------------------------------------------- data
@@ -228,8 +228,7 @@ class Training(Node):
             )
         if self.global_batch % self.micro_batch:
             raise ValueError(
-                f"global_batch {self.global_batch} is no multiple of micro_batch "
-                f"{self.micro_batch}"
+                f"global_batch {self.global_batch} is no multiple of micro_batch {self.micro_batch}"
             )
         return self
 
@@ -411,8 +410,13 @@ def _explain(problem: Any) -> str:
         return f"{key}: missing, and it is required"
     if kind == "literal_error":
         options = [str(option) for option in _literal_options(loc)]
-        near = did_you_mean(str(found), options)
+        near = (
+            did_you_mean(found, options) if isinstance(found, str) and found not in options else ""
+        )
         return f"{key}: found {_describe(found)}; allowed are {', '.join(options)}.{near}"
+    if kind == "model_type":
+        names = sorted(_names_at(loc))
+        return f"{key}: found {_describe(found)}; expected a mapping with {', '.join(names)}"
     if kind == "value_error":
         return f"{key}: {context['error']}"
     return f"{key}: found {_describe(found)}; {problem['msg'][0].lower()}{problem['msg'][1:]}"
