@@ -73,6 +73,7 @@ class Op:
     def __init__(self, name: str, implementations: Mapping[str, Implementation]) -> None:
         self.name = name
         self.implementations = dict(implementations)
+        self._chosen: dict[tuple[str | None, str, torch.dtype], ModuleType] = {}
 
     def missing(self, backend: str) -> str | None:
         """Why `backend` cannot run this op here; None if it can."""
@@ -81,8 +82,12 @@ class Op:
         return missing(backend)
 
     def choose(self, backend: str | None, device: torch.device, dtype: torch.dtype) -> ModuleType:
-        """The module that runs this op for tensors of `dtype` on `device`."""
-        return _load(self, self.resolve(backend, device.type, dtype))
+        """The module that runs this op for tensors of `dtype` on `device`; decided once."""
+        key = (backend, device.type, dtype)
+        if key not in self._chosen:
+            name = self.resolve(*key)
+            self._chosen[key] = importlib.import_module(self.implementations[name].module)
+        return self._chosen[key]
 
     def resolve(self, backend: str | None, device: str, dtype: torch.dtype) -> str:
         """The backend's name: `backend` if it is given and possible, else the one for the device.
@@ -125,11 +130,6 @@ class Op:
         return None
 
 
-@functools.cache
-def _load(op: Op, backend: str) -> ModuleType:
-    return importlib.import_module(op.implementations[backend].module)
-
-
 def op_names() -> list[str]:
     """Every op: the folders of this package."""
     folder = str(Path(__file__).parent)
@@ -143,3 +143,9 @@ def availability() -> dict[str, dict[str, str | None]]:
         op: Op = importlib.import_module(f"gradsmith_kernels.{name}.op").OP
         table[name] = {backend: op.missing(backend) for backend in BACKENDS}
     return table
+
+
+def chosen(name: str, device: str, dtype: torch.dtype = torch.float32) -> str:
+    """The backend that op `name` takes for tensors of `dtype` on `device` when none is asked for."""
+    op: Op = importlib.import_module(f"gradsmith_kernels.{name}.op").OP
+    return op.resolve(None, device, dtype)
