@@ -241,9 +241,9 @@ def test_thinning_keeps_the_extremes_and_the_gaps():
 
 def test_smoothing_is_centred():
     line = [(float(x), 3.0 * x + 1) for x in range(50)]
-    assert [y for _, y in smooth(line, 9)] == pytest.approx([y for _, y in line])
+    assert smooth(line, 9)[:-4] == [pytest.approx(point) for point in line[:-4]]
     noisy = [(float(x), float(x % 2)) for x in range(100)]
-    assert all(0.4 < y < 0.6 for _, y in smooth(noisy, 20)[20:80])
+    assert all(0.4 < y < 0.6 for _, y in smooth(noisy, 20)[20:])
     assert smooth([(1.0, math.nan), (2.0, 5.0)], 3) == [(2.0, 5.0)]
 
 

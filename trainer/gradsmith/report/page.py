@@ -141,6 +141,10 @@ details { margin: 12px 0; }
 summary { cursor: pointer; font-weight: 600; }
 details pre { margin-top: 10px; }
 footer { color: var(--soft); font-size: 13px; padding-top: 46px; padding-bottom: 40px; }
+@media (max-width: 700px) {
+  .charts.three text { font-size: 9px; }
+  .charts.three .line { stroke-width: 1.3; }
+}
 @media (max-width: 560px) {
   main, header, footer { padding-left: 16px; padding-right: 16px; }
   header { padding-top: 26px; }

@@ -46,14 +46,16 @@ def is_finite(value: object) -> bool:
 
 
 def smooth(points: Sequence[tuple[float, float]], window: int) -> list[tuple[float, float]]:
-    """Mean over `window` points around each, fewer near the ends: unlike a running average it
-    does not lag where the curve is steep. Values that are not finite are left out."""
+    """Mean over about `window` points around each, so that it does not lag where the curve is
+    steep: symmetric and narrower at the start, one-sided at the end. Values that are not finite
+    are left out."""
     finite = [(x, y) for x, y in points if math.isfinite(y)]
     sums = [0.0, *accumulate(y for _, y in finite)]
     out = []
     for i, (x, _) in enumerate(finite):
-        reach = min(window // 2, i, len(finite) - 1 - i)
-        out.append((x, (sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1)))
+        reach = min(window // 2, i)
+        first, last = i - reach, min(i + reach, len(finite) - 1)
+        out.append((x, (sums[last + 1] - sums[first]) / (last + 1 - first)))
     return out
 
 

@@ -1,0 +1,153 @@
+"""`evaluate` and the report on runs that were really trained, for a few steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import yaml
+
+from gradsmith.errors import UserError
+from gradsmith.evaluation.evaluate import evaluate, format_evaluation
+from gradsmith.evaluation.generate import generate
+from gradsmith.report.build import build_report
+from gradsmith.run import Run, read_json
+
+
+def sentences(count: int) -> list[str]:
+    random = np.random.default_rng(3)
+    words = ["the", "cat", "dog", "sat", "ran", "under", "a", "mat", "and", "it", "was", "happy"]
+    return [" ".join(random.choice(words, random.integers(20, 60))) + "." for _ in range(count)]
+
+
+def train(folder, name: str, task: str, source: dict, model: dict, **data) -> Run:
+    recipe = {
+        "name": name,
+        "output": str(folder / name),
+        "data": {
+            "task": task, "sources": [source], "split": {"validation": 0.1, "test": 0.2},
+            "sequence_length": 64, **data,
+        },
+        "model": model,
+        "training": {
+            "steps": 6, "global_batch": 4, "micro_batch": 2, "precision": "fp32",
+            "optimizer": {"name": "adamw", "lr": 1e-2}, "validate": {"every": 3},
+        },
+        "evaluation": {"generation": {"count": 2, "max_new_tokens": 8}},
+    }  # fmt: skip
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    done = subprocess.run(
+        [sys.executable, "-m", "gradsmith", "train", str(path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return Run.open(folder / name)
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "text.jsonl").write_text(
+        "".join(json.dumps({"text": t}) + "\n" for t in sentences(150))
+    )
+    config = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "max_position_embeddings": 128,
+    }  # fmt: skip
+    return train(
+        folder, "base", "language_modeling", {"kind": "jsonl", "path": str(folder / "text.jsonl")},
+        {"architecture": "llama", "config": config}, tokenizer={"train": {"vocab_size": 320}},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def fine_tuned(pretrained):
+    folder = pretrained.folder.parent
+    rows = [{"q": text[:20], "a": text[20:60]} for text in sentences(150)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"kind": "jsonl", "path": str(folder / "pairs.jsonl"), "prompt": "q", "response": "a"}
+    adapter = {"method": "lora", "rank": 4}
+    return train(
+        folder, "tuned", "chat", source, {"from": str(pretrained.folder), "adapter": adapter}
+    )
+
+
+def test_a_pretrained_run(pretrained):
+    found = evaluate(pretrained)
+    assert found == read_json(pretrained.evaluation_path)
+    raw = [json.loads(line) for line in (pretrained.data / "test/documents.jsonl").open()]
+    size = sum(len(row["text"].encode()) for row in raw)
+    assert found["metrics"]["bytes"] == size
+    assert found["base"] is None
+    for yardstick in ("xz", "ngram"):
+        assert found["yardsticks"][yardstick]["bytes"] == size
+        assert 0.5 < found["yardsticks"][yardstick]["bits_per_byte"] < 8
+    texts = [row["text"] for row in raw]
+    for sample in found["samples"]:
+        whole = sample["prompt"] + sample["reference"]
+        assert any(text.startswith(whole) for text in texts)
+    assert len(found["samples"]) == 2
+    validation = evaluate(pretrained, split="validation")
+    last = [row for row in pretrained.read_metrics() if row["kind"] == "validation"][-1]
+    assert validation["metrics"]["loss"] == pytest.approx(last["loss"], rel=1e-4)
+
+
+def test_a_fine_tuned_run_stands_beside_its_base(fine_tuned, pretrained):
+    found = evaluate(fine_tuned)
+    assert found["metrics"]["loss"] < found["base"]["loss"]
+    assert found["metrics"]["bytes"] == found["base"]["bytes"]
+    assert found["metrics"]["rouge_l_pairs"] == found["base"]["rouge_l_pairs"] > 0
+    assert 0 <= found["metrics"]["rouge_l"] <= 1
+    raw = [json.loads(line) for line in (fine_tuned.data / "test/documents.jsonl").open()]
+    answers = [row["messages"][-1]["content"] for row in raw]
+    assert found["metrics"]["bytes"] == sum(len(answer.encode()) for answer in answers)
+    for sample in found["samples"]:
+        assert sample["reference"] in answers
+        assert sample["base_output"] is not None
+
+    # The base is the pretrained model itself, not the adapter's.
+    from gradsmith.data.shards import PreparedData
+    from gradsmith.evaluation.metrics import evaluate_split
+    from gradsmith.models.build import load_for_inference
+
+    model, _ = load_for_inference(pretrained.folder)
+    alone = evaluate_split(
+        model, PreparedData.open(fine_tuned.data), "test", sequence_length=64, packing=True, batch=2
+    )
+    assert found["base"]["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+
+
+def test_a_chat_run_answers_through_its_template(fine_tuned):
+    settings = {"max_new_tokens": 8, "temperature": 0.0}
+    assert generate(fine_tuned.folder, ["the cat"], **settings) == generate(
+        fine_tuned.folder, ["the cat"], chat=True, **settings
+    )
+
+
+def test_a_split_that_is_not_held_out_is_refused(pretrained):
+    with pytest.raises(UserError, match="train"):
+        evaluate(pretrained, split="train")
+    with pytest.raises(UserError, match='"tset"'):
+        evaluate(pretrained, split="tset")
+
+
+def test_the_table_and_the_report(pretrained, fine_tuned, tmp_path):
+    from rich.console import Console
+
+    found = [evaluate(run) for run in (pretrained, fine_tuned)]
+    console = Console(width=120, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    for result in found:
+        console.print(format_evaluation(result))
+    text = console.export_text()
+    for expected in ("model", "fine-tuned", "base", "xz -9e", "8-gram", "ROUGE-L"):
+        assert expected in text
+    page = build_report([pretrained, fine_tuned], tmp_path / "report.html").read_text()
+    for result in found:
+        assert f"{result['metrics']['bits_per_byte']:.3f}" in page
