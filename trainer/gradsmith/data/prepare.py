@@ -324,10 +324,10 @@ def _conversations(
         encodings = tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
         for (row, _, spans), encoding in zip(chunk, encodings, strict=True):
             ids = np.array(encoding.ids, np.int64)
-            starts = np.array(encoding.offsets, np.int64).reshape(-1, 2)[:, 0]
+            first, last = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
             targets = np.zeros(len(ids), np.bool_)
-            for start, end in spans:
-                targets |= (starts >= start) & (starts < end)
+            for start, end in spans:  # a token over the edge, as " word" may be, counts
+                targets |= (first < end) & (last > start)
             targets[:1] = False  # nothing comes before the first token
             ledger.add("tokenize", "in")
             ledger.add("tokenize", "kept", tokens=len(ids))

@@ -1,0 +1,101 @@
+"""The order is a pure function of (seed, epoch, global index)."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from test_packing import PAD, build
+
+from gradsmith.data.loader import Loader, evaluation_batches, permutation
+from gradsmith.data.packing import IGNORED, Sequences
+
+
+@pytest.fixture(scope="module")
+def sequences() -> Sequences:
+    return Sequences(build([9] * 50, chat=False), 8, True, "language_modeling", PAD)
+
+
+def global_batch(loader: Loader, step: int, world: int, micro_batch: int) -> torch.Tensor:
+    ranks = [
+        loader.micro_batches(step, rank=rank, world=world, micro_batch=micro_batch)
+        for rank in range(world)
+    ]
+    return torch.cat([ranks[r][a].input_ids for a in range(len(ranks[0])) for r in range(world)])
+
+
+def test_the_global_batch_is_the_same_for_any_ranks_and_accumulation(sequences):
+    loader = Loader(sequences, seed=7, global_batch=8)
+    for step in (0, 5, 6, 1000):
+        whole = global_batch(loader, step, 1, 8)
+        expected = [sequences[int(k)].input_ids for k in loader.indices(step)]
+        assert torch.equal(whole, torch.from_numpy(np.stack(expected)))
+        for world, micro_batch in ((1, 2), (2, 4), (2, 1), (4, 2), (4, 1)):
+            assert torch.equal(global_batch(loader, step, world, micro_batch), whole)
+
+
+def test_an_epoch_has_every_sequence_once_and_the_next_another_order(sequences):
+    loader = Loader(sequences, seed=7, global_batch=8)
+    n = len(sequences)
+    order = np.concatenate([loader.indices(step) for step in range(2 * n // 8 + 1)])
+    assert sorted(order[:n]) == list(range(n))
+    assert sorted(order[n : 2 * n]) == list(range(n))
+    assert order[:n].tolist() != order[n : 2 * n].tolist()
+    assert order[:n].tolist() != list(range(n))
+
+
+def test_a_batch_larger_than_the_data_spans_epochs(sequences):
+    n = len(sequences)
+    found = Loader(sequences, seed=7, global_batch=3 * n).indices(1)
+    assert np.bincount(found).tolist() == [3] * n
+
+
+def test_any_step_is_found_without_the_ones_before(sequences):
+    running = Loader(sequences, seed=3, global_batch=6)
+    steps = [running.indices(step) for step in range(40)]
+    for step in (39, 11, 0, 17):
+        fresh = Loader(sequences, seed=3, global_batch=6)
+        assert fresh.indices(step).tolist() == steps[step].tolist()
+
+
+def test_the_order_does_not_change_from_version_to_version():
+    assert permutation(1234, 0, 8).tolist() == [7, 3, 0, 1, 4, 2, 5, 6]
+    assert permutation(1234, 1, 8).tolist() == [0, 5, 6, 4, 2, 1, 7, 3]
+    assert permutation(1235, 0, 8).tolist() != permutation(1234, 0, 8).tolist()
+
+
+def test_batches_are_int64_tensors_and_target_tokens_counts_them():
+    split = build([4, 9, 6, 8, 3, 7], chat=True)
+    loader = Loader(Sequences(split, 8, False, "chat", PAD), seed=0, global_batch=4)
+    for step in range(5):
+        batches = loader.micro_batches(step, rank=0, world=1, micro_batch=2)
+        assert [b.input_ids.shape for b in batches] == [(2, 8), (2, 8)]
+        for batch in batches:
+            assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
+            assert batch.position_ids.dtype == torch.int64
+        counted = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
+        assert loader.target_tokens(step) == counted
+
+
+def test_what_does_not_divide_is_refused(sequences):
+    loader = Loader(sequences, seed=7, global_batch=8)
+    with pytest.raises(ValueError, match="8 is no multiple of world 3"):
+        loader.micro_batches(0, rank=0, world=3, micro_batch=1)
+
+
+@pytest.mark.parametrize(("world", "batch", "limit"), [(1, 4, None), (2, 4, 13), (3, 4, 13)])
+def test_evaluation_covers_each_row_once_in_batches_of_one_number(sequences, world, batch, limit):
+    ranks = [
+        list(evaluation_batches(sequences, rank=r, world=world, batch=batch, limit=limit))
+        for r in range(world)
+    ]
+    assert len({len(batches) for batches in ranks}) == 1
+    found = [
+        row.tolist()
+        for batches in ranks
+        for b in batches
+        for row, labels in zip(b.input_ids, b.labels, strict=True)
+        if (labels != IGNORED).any()
+    ]
+    expected = [sequences[k].input_ids.tolist() for k in range(limit or len(sequences))]
+    assert sorted(found) == sorted(expected)
