@@ -114,7 +114,8 @@ def render(tokenizer: Any, messages: Messages, source: str) -> tuple[str, list[t
         if message["role"] != "assistant":
             continue
         before = _apply(tokenizer, messages[:i], source, add_generation_prompt=True)
-        after = _apply(tokenizer, messages[: i + 1], source)
+        whole = i == len(messages) - 1
+        after = text if whole else _apply(tokenizer, messages[: i + 1], source)
         if not (text.startswith(after) and after.startswith(before)):
             raise UserError(
                 f"{source}: the chat template renders message {i} differently once more messages "
