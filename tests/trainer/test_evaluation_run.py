@@ -15,7 +15,7 @@ from gradsmith.errors import UserError
 from gradsmith.evaluation.evaluate import evaluate, format_evaluation
 from gradsmith.evaluation.generate import generate
 from gradsmith.report.build import build_report
-from gradsmith.run import Run, read_json
+from gradsmith.run import Run, read_json, write_json
 
 
 def sentences(count: int) -> list[str]:
@@ -79,12 +79,23 @@ def fine_tuned(pretrained):
     )
 
 
-def test_a_pretrained_run(pretrained):
-    found = evaluate(pretrained)
+@pytest.fixture(scope="module")
+def found_pretrained(pretrained):
+    return evaluate(pretrained)
+
+
+@pytest.fixture(scope="module")
+def found_fine_tuned(fine_tuned):
+    return evaluate(fine_tuned)
+
+
+def test_a_pretrained_run(pretrained, found_pretrained):
+    found = found_pretrained
     assert found == read_json(pretrained.evaluation_path)
     raw = [json.loads(line) for line in (pretrained.data / "test/documents.jsonl").open()]
     size = sum(len(row["text"].encode()) for row in raw)
     assert found["metrics"]["bytes"] == size
+    assert found["step"] == 6
     assert found["base"] is None
     for yardstick in ("xz", "ngram"):
         assert found["yardsticks"][yardstick]["bytes"] == size
@@ -94,13 +105,10 @@ def test_a_pretrained_run(pretrained):
         whole = sample["prompt"] + sample["reference"]
         assert any(text.startswith(whole) for text in texts)
     assert len(found["samples"]) == 2
-    validation = evaluate(pretrained, split="validation")
-    last = [row for row in pretrained.read_metrics() if row["kind"] == "validation"][-1]
-    assert validation["metrics"]["loss"] == pytest.approx(last["loss"], rel=1e-4)
 
 
-def test_a_fine_tuned_run_stands_beside_its_base(fine_tuned, pretrained):
-    found = evaluate(fine_tuned)
+def test_a_fine_tuned_run_stands_beside_its_base(fine_tuned, found_fine_tuned, pretrained):
+    found = found_fine_tuned
     assert found["metrics"]["loss"] < found["base"]["loss"]
     assert found["metrics"]["bytes"] == found["base"]["bytes"]
     assert found["metrics"]["rouge_l_pairs"] == found["base"]["rouge_l_pairs"] > 0
@@ -138,10 +146,23 @@ def test_a_split_that_is_not_held_out_is_refused(pretrained):
         evaluate(pretrained, split="tset")
 
 
-def test_the_table_and_the_report(pretrained, fine_tuned, tmp_path):
+def test_it_finds_what_training_found(pretrained):
+    """On the same split: another process, the weights from the checkpoint, another loop."""
+    validation = evaluate(pretrained, split="validation")
+    last = [row for row in pretrained.read_metrics() if row["kind"] == "validation"][-1]
+    assert validation["split"] == "validation"
+    assert validation["metrics"]["loss"] == pytest.approx(last["loss"], rel=1e-5)
+    assert validation["metrics"]["bits_per_byte"] == pytest.approx(last["bits_per_byte"], rel=1e-5)
+
+
+def test_the_table_and_the_report(
+    pretrained, fine_tuned, found_pretrained, found_fine_tuned, tmp_path
+):
     from rich.console import Console
 
-    found = [evaluate(run) for run in (pretrained, fine_tuned)]
+    found = [found_pretrained, found_fine_tuned]
+    for run, result in zip((pretrained, fine_tuned), found, strict=True):
+        write_json(run.evaluation_path, result)
     console = Console(width=120, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     for result in found:
         console.print(format_evaluation(result))

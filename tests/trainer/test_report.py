@@ -11,7 +11,7 @@ import pytest
 from gradsmith.recipe import parse_recipe
 from gradsmith.report.build import build_report
 from gradsmith.report.plots import Chart, Series, draw, label, log_ticks, smooth, thin, ticks
-from gradsmith.run import Run, write_json
+from gradsmith.run import Run, read_json, write_json
 
 EVIL = '</pre><script>alert("x")</script><img src=x onerror=alert(1)> & \'quoted\' "'
 VOID = {"meta", "line", "circle", "path", "rect", "img", "br"}
@@ -185,6 +185,13 @@ def test_a_run_that_is_only_a_recipe(tmp_path):
     run.write_recipe(recipe_for(run.folder))
     _, page = build([run], tmp_path)
     assert "No training step" in page.text
+
+
+def test_results_of_an_earlier_step_are_said_to_be_that(tmp_path):
+    run = make_run(tmp_path / "a", steps=40)
+    for step, warned in ((40, False), (30, True)):
+        write_json(run.evaluation_path, {**read_json(run.evaluation_path), "step": step})
+        assert ("Evaluated at step 30" in build([run], tmp_path)[1].text) == warned
 
 
 def test_steps_without_a_finite_loss_are_said_and_interrupt_the_line(tmp_path):

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..run import Run, write_json
+from ..run import Run, read_json, write_json
 from .generate import Prompt, complete, encode_prompt, encode_text
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ def evaluate(run: Run | str | Path, *, split: str = "test") -> dict[str, Any]:
 
     Returns:
         split: its name.
+        step: of the checkpoint.
         metrics: of the model, see `metrics.evaluate_split`; for chat also `rouge_l`, the mean over
             `rouge_l_pairs` held-out pairs, evenly spaced, of ROUGE-L between the greedy answer and
             the reference.
@@ -37,13 +38,14 @@ def evaluate(run: Run | str | Path, *, split: str = "test") -> dict[str, Any]:
         UserError: no such run, a split that is not held out or is empty, nothing trained yet.
     """
     from ..data.shards import PreparedData
-    from ..models.build import load_for_inference
+    from ..models.build import load_for_inference, resolve_base
 
     run = run if isinstance(run, Run) else Run.open(run)
     recipe = run.recipe()
     prepared = PreparedData.open(run.data)
     documents = prepared.held_out(split)  # before the model: a wrong split is said at once
-    model, tokenizer = load_for_inference(run.folder)
+    folder = resolve_base(run.folder)
+    model, tokenizer = load_for_inference(folder)
     asked, scored = _questions(tokenizer, recipe, documents)
     measure = functools.partial(_measure, tokenizer, recipe, prepared, split, asked, scored)
     metrics, outputs = measure(model)
@@ -63,6 +65,7 @@ def evaluate(run: Run | str | Path, *, split: str = "test") -> dict[str, Any]:
     generation = recipe.evaluation.generation
     result = {
         "split": split,
+        "step": int(read_json(Path(folder).parent / "state.json")["step"]),
         "task": prepared.task,
         "metrics": metrics,
         "base": base,

@@ -139,6 +139,12 @@ def _warnings(c: _Contents) -> str:
         out.append(f"{skipped} logged steps changed nothing: their gradient was not finite.")
     if c.train and not c.evaluation:
         out.append("Not evaluated yet: gradsmith evaluate adds results and samples.")
+    step = c.evaluation.get("step")
+    if step is not None and c.train and step < c.train[-1]["step"]:
+        out.append(
+            f"Evaluated at step {step:,}, but trained on since, to step {c.train[-1]['step']:,}: "
+            "gradsmith evaluate brings the results up to date."
+        )
     return "".join(f'<p class="warning">{escape(text)}</p>' for text in out)
 
 
@@ -385,7 +391,7 @@ def _ledger(c: _Contents) -> str:
     return (
         "<h3>Data: what came in, what left, what was trained on</h3>"
         + (ledger if bodies else "")
-        + '<div class="columns" style="margin-top:14px">'
+        + '<div class="columns below">'
         + _table("Splits", ["", "Documents", "Tokens", "Targets", "Text"], sizes, numbers=1)
         + _table("Sources", ["Kind", "Path", "Files", "Size"], sources, numbers=2)
         + "</div>"
@@ -405,7 +411,7 @@ def _table(title: str, heads: list[str], rows: list[list[str]], numbers: int) ->
 
     body = "".join(f"<tr>{line('td', row)}</tr>" for row in rows)
     return (
-        f'<div class="panel scroll"><h3 style="margin-top:8px">{escape(title)}</h3><table>'
+        f'<div class="panel scroll"><h3>{escape(title)}</h3><table>'
         + (f"<thead><tr>{line('th', heads)}</tr></thead>" if heads else "")
         + f"<tbody>{body}</tbody></table></div>"
     )

@@ -123,6 +123,8 @@ th:last-child, td:last-child { padding-right: 0; }
 .ledger tbody + tbody { border-top: 1px solid var(--grey); }
 .ledger tbody tr { border-bottom-color: var(--grid); }
 .panel { padding: 6px 18px 10px; }
+.panel h3 { margin-top: 8px; }
+.below { margin-top: 14px; }
 .columns {
   display: grid; gap: 14px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr));
   align-items: start;

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from itertools import accumulate, pairwise
@@ -227,14 +227,13 @@ def _ends(series: Series) -> tuple[float, float]:
 
 def _references(
     references: Sequence[tuple[str, float]],
-    at_y: object,
+    at_y: Callable[[float], float],
     left: int,
     end: int,
     top: int,
     base: int,
 ) -> list[str]:
     """Dashed lines with their names at the right end, moved apart where they would overlap."""
-    assert callable(at_y)
     placed = sorted((at_y(y), name, y) for name, y in references if math.isfinite(y))
     heights = [y - 5 for y, _, _ in placed]
     for i, (above, here) in enumerate(pairwise(heights)):
