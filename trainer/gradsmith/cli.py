@@ -179,21 +179,23 @@ def export(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     form: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="model: a Hugging Face folder. adapter: a peft folder. merged: the adapter "
-            "folded into its base."
+            "folded into its base. By default what the run trained: model or adapter.",
+            show_default=False,
         ),
-    ] = "model",
+    ] = None,
 ) -> None:
     """Write a trained run as a folder that other programs load, and check that it is the same."""
     from .errors import UserError
     from .models.export import export
     from .run import Run
 
-    if form not in ("model", "adapter", "merged"):
+    if form not in (None, "model", "adapter", "merged"):
         raise UserError(f"--form: found {form}; allowed are model, adapter, merged")
-    print(export(Run.open(run), out, form=form))
+    folder, difference = export(Run.open(run), out, form=form)
+    print(f"{folder}: read back, its logits differ from the run's by {difference:.1e} (relative)")
 
 
 @app.command()

@@ -47,17 +47,16 @@ def is_adapter(folder: str | Path) -> bool:
 
 def build_model(
     recipe: Recipe, data: PreparedData, checkpoint: Path | None = None
-) -> tuple[torch.nn.Module, Any]:
-    """The model that a recipe trains, and the report on the kernels put under it.
+) -> torch.nn.Module:
+    """The model that a recipe trains, on the CPU, in the dtype of `training.precision`.
 
     Args:
         recipe: what to build.
         data: gives the vocabulary and the ids of the special tokens.
         checkpoint: the folder whose weights to go on from, when a run resumes.
 
-    Returns:
-        The model, on the CPU in the dtype of `training.precision`, and accelerate's report (None
-        when `model.kernels` is false).
+    Raises:
+        UserError: the base, the adapter's target or the vocabulary do not fit.
     """
     dtype = DTYPES[recipe.training.precision]
     weights = checkpoint / "model" if checkpoint else None
@@ -75,12 +74,7 @@ def build_model(
         model = _from_config(recipe, tokenizer, dtype)
     if recipe.training.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    report = None
-    if recipe.model.kernels:
-        from gradsmith_kernels import accelerate
-
-        report = accelerate(model)
-    return model, report
+    return model
 
 
 def load_for_inference(

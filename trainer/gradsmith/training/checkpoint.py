@@ -22,6 +22,7 @@ import hashlib
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,6 +201,30 @@ def _write_model(
 ) -> None:
     model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
+    _check_written(model, folder)
+
+
+def _check_written(model: Any, folder: Path) -> None:
+    """Compares the shapes in the files with the model's; ZeRO-3 is known to leave empty ones.
+
+    Raises:
+        RuntimeError: a tensor is missing or has another shape.
+    """
+    from safetensors import safe_open
+
+    adapter = hasattr(model, "peft_config")
+    wanted = sorted(
+        tuple(getattr(p, "ds_shape", p.shape))
+        for p in model.parameters()
+        if p.requires_grad or not adapter
+    )
+    written = []
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            written += [tuple(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118
+    missing = list((Counter(wanted) - Counter(written)).elements())
+    if missing:
+        raise RuntimeError(f"{folder}: lacks {len(missing)} tensors, of shapes {missing[:5]}")
 
 
 def _write_optimizer(engine: DeepSpeedEngine, folder: Path, rank: int, world: int) -> None:

@@ -127,6 +127,11 @@ def base_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
     return optimizer
 
 
+def optimizer_device(recipe: Recipe) -> str:
+    """Where the optimizer's arithmetic runs."""
+    return "cpu" if recipe.training.zero.offload != "none" else device().type
+
+
 def set_learning_rate(engine: DeepSpeedEngine, rate: float) -> None:
     for group in engine.optimizer.param_groups:
         group["lr"] = rate

@@ -6,6 +6,7 @@ batch is split over micro-batches and ranks, and how its documents are packed, c
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from dataclasses import dataclass
@@ -47,20 +48,12 @@ def train(recipe: Recipe, *, fresh: bool = False) -> dict[str, Any]:
         UserError: the recipe does not fit this machine, or not the run that is there.
         RunError: training failed, or was stopped by a signal after it had saved.
     """
-    run = Run(recipe.output)
-    engines.init_distributed()
-    rank, world = engines.rank(), engines.world()
-    check_recipe(recipe, world)
-    lock = run.lock() if rank == 0 else None
-    if lock is not None:
-        lock.__enter__()
-    try:
-        with quiet(run.logs / f"rank-{rank}.log"), guards.StopRequest() as stop:
-            session = _build(recipe, run, fresh)
-            return _train(session, stop)
-    finally:
-        if lock is not None:
-            lock.__exit__(None, None, None)
+    run, rank = Run(recipe.output), engines.rank()
+    with quiet(run.logs / f"rank-{rank}.log"), guards.StopRequest() as stop:
+        check_recipe(recipe, engines.world())
+        engines.init_distributed()
+        with run.lock() if rank == 0 else contextlib.nullcontext():
+            return _train(_build(recipe, run, fresh), stop)
 
 
 @dataclass
@@ -91,6 +84,7 @@ class Session:
             "seconds": elapsed,
             "world": engines.world(),
             "zero_stage": self.recipe.training.zero.stage,
+            "data": self.data.fingerprint,
         }
 
 
@@ -270,7 +264,7 @@ def _build(recipe: Recipe, run: Run, fresh: bool) -> Session:
     guards.check_data(data, sequences)
     loader = Loader(sequences, seed=recipe.seed, global_batch=recipe.training.global_batch)
     start = _agree_on_checkpoint(run)
-    model, report = build_model(recipe, data, start)
+    model = build_model(recipe, data, start)
     parameters = list(model.parameters())
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     total = sum(p.numel() for p in parameters)
@@ -278,6 +272,8 @@ def _build(recipe: Recipe, run: Run, fresh: bool) -> Session:
     session = Session(
         recipe, run, data, loader, engines.build_engine(recipe, model), total_steps(recipe, loader)
     )
+    session.engine.train()  # transformers loads models for inference, without their dropout
+    kernels = _kernels(recipe, session.engine.module)
     if start is not None:
         _resume(session, start)
     if engines.rank() == 0:
@@ -288,11 +284,24 @@ def _build(recipe: Recipe, run: Run, fresh: bool) -> Session:
             world=engines.world(),
             threads=torch.get_num_threads(),
             zero=recipe.dump()["training"]["zero"],
-            accelerate=report.as_dict() if report is not None else None,
             seconds=session.seconds,
+            **kernels,
         )
         say(_headline(session, total, trainable))
     return session
+
+
+def _kernels(recipe: Recipe, model: torch.nn.Module) -> dict[str, Any]:
+    """Puts our kernels into the model, where it already is on its device; what runs where."""
+    from gradsmith_kernels import accelerate
+    from gradsmith_kernels.backends import chosen
+
+    backends = {"adamw": chosen("adamw", engines.optimizer_device(recipe))}
+    if not recipe.model.kernels:
+        return {"backends": backends}
+    report = accelerate(model)
+    placed = {"replaced": report.replaced, "left_alone": report.left_alone}
+    return {"backends": backends, "accelerate": placed}
 
 
 def _open(recipe: Recipe, run: Run, fresh: bool) -> PreparedData:
@@ -341,6 +350,11 @@ def _agree_on_checkpoint(run: Run) -> Path | None:
 
 def _resume(session: Session, start: Path) -> None:
     state = checkpoint.load_optimizer(session.engine, start)
+    if state["data"] != session.data.fingerprint:
+        raise UserError(
+            f"{session.run.data}: the data is not what {start} was trained on (its sources have "
+            "changed); start over with --fresh, or choose another output=..."
+        )
     session.step, session.tokens = state["step"], state["tokens"]
     session.seconds = state["seconds"]
     say(f"{session.recipe.name}: going on from {start}")

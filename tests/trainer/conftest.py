@@ -1,0 +1,118 @@
+"""Tiny real recipes: a few modules of the standard library as the corpus, models of two layers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from gradsmith.recipe import Recipe, parse_recipe
+
+MODULES = ("json", "email", "html", "logging", "urllib", "collections", "importlib")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of about fifty Python files."""
+    folder = tmp_path_factory.mktemp("corpus")
+    library = Path(json.__file__).parent.parent
+    for module in MODULES:
+        for path in sorted((library / module).glob("*.py")):
+            shutil.copy(path, folder / f"{module}_{path.name}")
+    return folder
+
+
+def tiny_tree(corpus: Path, output: Path) -> dict[str, Any]:
+    """A recipe that trains in seconds."""
+    return {
+        "name": "tiny",
+        "seed": 7,
+        "output": str(output),
+        "data": {
+            "sources": [{"kind": "text", "path": str(corpus)}],
+            "split": {"validation": 0.1, "test": 0.1},
+            "tokenizer": {"train": {"vocab_size": 384}},
+            "sequence_length": 64,
+        },
+        "model": {
+            "architecture": "llama",
+            "config": {
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+            },
+        },
+        "training": {
+            "steps": 6,
+            "global_batch": 8,
+            "micro_batch": 2,
+            "optimizer": {"lr": 3e-3},
+            "validate": {"every": 100, "sequences": 4},
+            "checkpoint": {"every": 100, "keep": 2},
+        },
+        "evaluation": {"generation": {"count": 1, "max_new_tokens": 4}},
+    }
+
+
+def with_overrides(tree: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a tree with dotted keys set."""
+    tree = json.loads(json.dumps(tree))
+    for key, value in overrides.items():
+        *path, last = key.split(".")
+        node = tree
+        for part in path:
+            node = node.setdefault(part, {})
+        node[last] = value
+    return tree
+
+
+@pytest.fixture
+def tiny(corpus: Path, tmp_path: Path) -> Callable[..., Recipe]:
+    """tiny("name", **{"training.steps": 3}) is a recipe that writes to tmp_path/name."""
+
+    def build(name: str, **overrides: Any) -> Recipe:
+        return parse_recipe(with_overrides(tiny_tree(corpus, tmp_path / name), overrides))
+
+    return build
+
+
+def run_ranks(
+    script_or_module: list[str], ranks: int, timeout: float = 180, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs a Python command on `ranks` ranks with one thread each."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
+    return subprocess.run(
+        [*launcher, "--standalone", *script_or_module],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def train_in_process(recipe: Recipe, ranks: int, folder: Path, *more: str) -> None:
+    """`gradsmith train` on `ranks` ranks in processes of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"recipe-{recipe.name}.yaml"
+    path.write_text(yaml.safe_dump(recipe.dump()))
+    done = run_ranks(["-m", "gradsmith", "train", str(path), *more], ranks)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def losses(recipe: Recipe) -> list[float]:
+    """The training losses of a run, by step, each step once."""
+    from gradsmith.run import Run
+
+    rows = [row for row in Run(recipe.output).read_metrics() if row["kind"] == "train"]
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    return [row["loss"] for row in rows]

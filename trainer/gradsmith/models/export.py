@@ -1,0 +1,120 @@
+"""Folders for other programs: a Hugging Face model, a peft adapter, an adapter merged into its base.
+
+Nothing is called done before it was read back by transformers or peft, without our kernels, and
+its logits compared with those of the run.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from ..errors import RunError, UserError
+from ..run import Run, read_json
+from ..training.checkpoint import newest_verified
+from .build import is_adapter, load_for_inference
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Form = Literal["model", "adapter", "merged"]
+
+# Largest relative difference of the logits, ‖out - ours‖ / ‖ours‖, both computed in float32 from
+# the stored weights. A copy must give the same bits; merging rounds every weight once more.
+MERGED_BOUND = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5}
+
+
+def export(run: Run, out: str | Path, form: Form | None = None) -> tuple[Path, float]:
+    """Writes the newest checkpoint of a run as a folder for transformers or peft.
+
+    Args:
+        run: a trained run.
+        out: the folder to make; it must not be there, or be empty.
+        form: `model` for a run that trained all weights; `adapter` or `merged` for one that
+            trained an adapter. Default: `model` or `adapter`, as the run is.
+
+    Returns:
+        The folder, and the relative difference of its logits from the run's.
+
+    Raises:
+        UserError: the form does not fit the run, or `out` is taken.
+        RunError: what was written does not give the run's logits; `out` is not made.
+    """
+    out = Path(out)
+    checkpoint, complaints = newest_verified(run.checkpoints)
+    if checkpoint is None:
+        found = "; ".join(complaints) or "there is none"
+        raise UserError(f"{run.folder}: no whole checkpoint to export: {found}")
+    source = checkpoint / "model"
+    forms = ("adapter", "merged") if is_adapter(source) else ("model",)
+    form = form or forms[0]  # type: ignore[assignment]
+    if form not in forms:
+        raise UserError(
+            f"form: found {form}; this run allows {' and '.join(forms)}, since it trained "
+            + ("an adapter" if is_adapter(source) else "all weights")
+        )
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: is there already; name a new or an empty folder")
+
+    ours, tokenizer = load_for_inference(checkpoint, kernels=False)
+    scratch = out.with_name(out.name + ".tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    if form == "merged":
+        _merge(checkpoint, tokenizer, scratch)
+        bound = MERGED_BOUND[ours.dtype]
+    else:
+        shutil.copytree(source, scratch)
+        bound = 0.0
+    difference = _compare(ours, _reload(scratch), tokenizer)
+    if not difference <= bound:  # a NaN must not pass
+        shutil.rmtree(scratch)
+        raise RunError(
+            f"{out}: not written: read back, its logits differ from the run's by {difference:.2e} "
+            f"relative to their norm; allowed are {bound:.0e}"
+        )
+    if out.exists():
+        out.rmdir()
+    scratch.rename(out)
+    return out, difference
+
+
+def _merge(checkpoint: Path, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Base + adapter, added in float32 and rounded once."""
+    model: Any = load_for_inference(checkpoint, kernels=False)[0].cpu()
+    dtype = model.dtype
+    merged = model.float().merge_and_unload()
+    for parameter in merged.parameters():
+        parameter.data = parameter.data.to(dtype)
+    merged.config.dtype = dtype
+    merged.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _reload(folder: Path) -> torch.nn.Module:
+    """What somebody without gradsmith gets."""
+    from transformers import AutoModelForCausalLM
+
+    if is_adapter(folder):
+        from peft import PeftModel
+
+        base = read_json(folder / "adapter_config.json")["base_model_name_or_path"]
+        model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+        return PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False)
+    loaded: torch.nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    return loaded
+
+
+@torch.no_grad()
+def _compare(
+    ours: torch.nn.Module, theirs: torch.nn.Module, tokenizer: PreTrainedTokenizerBase
+) -> float:
+    """‖theirs - ours‖ / ‖ours‖ over the logits of one batch of tokens, in float32."""
+    device = next(ours.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(len(tokenizer), (2, 64), generator=generator).to(device)
+    expected = ours.float().eval()(input_ids=ids, use_cache=False).logits
+    found = theirs.float().eval().to(device)(input_ids=ids, use_cache=False).logits
+    return float((found - expected).norm() / expected.norm())
