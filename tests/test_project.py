@@ -14,7 +14,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = re.sub(
+    r"<!--.*?-->", "", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL
+)
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 FOLDERS = ("csrc", "kernels", "trainer", "tests", "benchmarks", "recipes", "scripts", "docs")
@@ -39,11 +41,10 @@ def blocks(language: str) -> list[str]:
 def test_lines_fit_a_screen() -> None:
     long = []
     for path in written_files():
-        if path.suffix not in SOURCES | {".md"} and path.name != "Makefile":
+        if path.suffix not in SOURCES and path.name not in ("Makefile", "README.md"):
             continue
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            is_table = path.suffix == ".md" and line.startswith("|")
-            if len(line) > MAX_COLUMNS and not is_table and "https://" not in line:
+            if len(line) > MAX_COLUMNS and not line.startswith("|"):  # tables cannot be broken
                 long.append(f"{path.relative_to(ROOT)}:{number}: {len(line)} columns")
     assert not long, "\n".join(long)
 
