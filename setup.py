@@ -23,12 +23,11 @@ from setuptools.command.build_ext import build_ext
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # Fused multiply-adds only where the source says so; sqrt is an instruction, it need not set errno.
 FLAGS += ["-ffp-contract=off", "-fno-math-errno"]
-# Vectors are passed between the functions of one file only; GCC 12 misreads its own AVX-512 header.
-FLAGS += ["-Wno-psabi", "-Wno-maybe-uninitialized"]
-ISA_FLAGS = {
-    "_avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "_avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
-}
+FLAGS += ["-Wno-psabi"]  # vectors are passed between the functions of one file only
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+AVX512 += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC 12 misreads its own header
+ISA_FLAGS = {"_avx2": AVX2, "_avx512": AVX512, "_avx512bf16": [*AVX512, "-mavx512bf16"]}
 X86 = platform.machine() in ("x86_64", "AMD64")
 
 

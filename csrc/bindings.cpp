@@ -62,18 +62,22 @@ void rms_norm_backward_binding(uintptr_t dy, int64_t dy_stride, uintptr_t dh, in
   rms_norm_backward(a, x_dtype, weight_dtype, threads);
 }
 
-// One row per tensor: param, grad, exp_avg, exp_avg_sq, numel, param dtype, grad dtype, step.
-using AdamWRow = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int, int, double>;
+// One row per tensor: param, grad, exp_avg, exp_avg_sq, numel, param dtype, grad dtype, and the
+// address of the float that counts its steps, which is raised by one.
+using AdamWRow =
+    std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int, int, uintptr_t>;
 
 void adamw_step_binding(const std::vector<AdamWRow>& rows, double lr, double beta1, double beta2,
                         double eps, double weight_decay, int threads) {
   std::vector<AdamWTensor> tensors;
   tensors.reserve(rows.size());
-  for (const auto& [param, grad, exp_avg, exp_avg_sq, numel, param_dtype, grad_dtype, step] : rows)
+  for (const auto& [param, grad, exp_avg, exp_avg_sq, numel, param_dtype, grad_dtype, count] : rows) {
+    const double step = *pointer<float>(count) += 1;
     tensors.push_back({pointer(param), pointer(grad), pointer<float>(exp_avg),
                        pointer<float>(exp_avg_sq), numel, param_dtype, grad_dtype,
                        float(lr / (1 - std::pow(beta1, step))),
                        float(1 / std::sqrt(1 - std::pow(beta2, step)))});
+  }
   const AdamWScalars scalars{float(1 - beta1), float(1 - beta2), float(eps),
                              float(lr * weight_decay)};
   adamw_step(tensors, scalars, threads);

@@ -24,4 +24,4 @@ struct AdamWKernels {
   void (*step)(const AdamWTensor&, const AdamWScalars&, int64_t begin, int64_t end);
 };
 
-extern const AdamWKernels adamw_portable, adamw_avx2, adamw_avx512;
+extern const AdamWKernels adamw_portable, adamw_avx2, adamw_avx512, adamw_avx512bf16;

@@ -9,7 +9,7 @@ namespace {
 
 const AdamWKernels& kernels() {
 #if defined(__x86_64__)
-  return pick(adamw_portable, adamw_avx2, adamw_avx512);
+  return pick(adamw_portable, adamw_avx2, adamw_avx512, adamw_avx512bf16);
 #else
   return adamw_portable;
 #endif

@@ -14,7 +14,7 @@ void step_typed(const AdamWTensor& t, const AdamWScalars& a, int64_t begin, int6
   const Vec eps = splat(a.eps), decay = splat(-a.decay), step_size = splat(-t.step_size);
   const Vec inverse_correction = splat(t.inverse_correction);
 
-  const auto update = [&](int64_t j, int64_t n) {
+  const auto update = [&](int64_t j, int64_t n) ALWAYS_INLINE {
     const Vec g = load<G>(grad + j, n);
     Vec p = load<P>(param + j, n);
     Vec m = load<F32>(t.exp_avg + j, n), v = load<F32>(t.exp_avg_sq + j, n);

@@ -22,7 +22,9 @@ Isa detect() {
   if ((xcr0 & 0x06) != 0x06) return Isa::kPortable;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b >> 5 & 1)) return Isa::kPortable;
   const bool f = b >> 16 & 1, dq = b >> 17 & 1, bw = b >> 30 & 1, vl = b >> 31 & 1;
-  return f && dq && bw && vl && (xcr0 & 0xe6) == 0xe6 ? Isa::kAvx512 : Isa::kAvx2;
+  if (!f || !dq || !bw || !vl || (xcr0 & 0xe6) != 0xe6) return Isa::kAvx2;
+  const bool bf16 = a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+  return bf16 ? Isa::kAvx512Bf16 : Isa::kAvx512;
 #else
   return Isa::kPortable;
 #endif

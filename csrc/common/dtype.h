@@ -1,9 +1,9 @@
 // Element types and the vector type that every CPU kernel is written in.
 //
-// A kernel body is written once, against `Vec` (16 float lanes), and compiled once per instruction
-// set: GCC's and Clang's vector extension turns the same arithmetic into SSE2 or NEON (portable),
-// two ymm registers (AVX2) or one zmm register (AVX-512). Only conversions and the square root need
-// intrinsics. All levels therefore add in the same order, and differ only in fused multiply-adds.
+// A kernel body is written once, against `Vec` (one register of floats), and compiled once per
+// instruction set: GCC's and Clang's vector extension turns the same arithmetic into SSE2 or NEON
+// (portable), AVX2 or AVX-512. Only conversions, the square root and the fused multiply-add need
+// intrinsics.
 //
 // Everything here sits in an anonymous namespace, and the files compiled with -mavx2 or -mavx512*
 // use no inline function or template of the standard library. Otherwise the linker could keep, of
@@ -23,27 +23,25 @@ enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 namespace {
 
+#if defined(__AVX512F__)
 constexpr int kLanes = 16;
-typedef float Vec __attribute__((vector_size(64)));
-typedef uint32_t Bits __attribute__((vector_size(64)));
-typedef uint16_t Half __attribute__((vector_size(32)));
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Half __attribute__((vector_size(2 * kLanes)));
 
 inline Vec splat(float value) { return value - Vec{}; }
-
-inline Bits bits(Vec v) { return reinterpret_cast<Bits>(v); }
 
 // a * b + c, rounded once where the instruction set has FMA.
 inline Vec fma(Vec a, Vec b, Vec c) {
 #if defined(__AVX512F__)
-  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+  return _mm512_fmadd_ps(a, b, c);
 #elif defined(__AVX2__)
-  union U {
-    Vec v;
-    __m256 half[2];
-  } x{a}, y{b}, z{c};
-  z.half[0] = _mm256_fmadd_ps(x.half[0], y.half[0], z.half[0]);
-  z.half[1] = _mm256_fmadd_ps(x.half[1], y.half[1], z.half[1]);
-  return z.v;
+  return _mm256_fmadd_ps(a, b, c);
 #else
   return a * b + c;
 #endif
@@ -51,28 +49,24 @@ inline Vec fma(Vec a, Vec b, Vec c) {
 
 inline Vec square_root(Vec v) {
 #if defined(__AVX512F__)
-  return (Vec)_mm512_sqrt_ps((__m512)v);
+  return _mm512_sqrt_ps(v);
 #elif defined(__AVX2__)
-  union U {
-    Vec v;
-    __m256 half[2];
-  } x{v};
-  x.half[0] = _mm256_sqrt_ps(x.half[0]);
-  x.half[1] = _mm256_sqrt_ps(x.half[1]);
-  return x.v;
+  return _mm256_sqrt_ps(v);
 #else
   for (int i = 0; i < kLanes; ++i) v[i] = __builtin_sqrtf(v[i]);
   return v;
 #endif
 }
 
-// The lanes' sum, always by the same tree.
+// The lanes' sum, always in the same order.
 inline float sum(Vec v) {
-  float lane[kLanes];
-  memcpy(lane, &v, sizeof v);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
-  return lane[0];
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(v);
+#else
+  float total = 0;
+  for (int i = 0; i < kLanes; ++i) total += v[i];
+  return total;
+#endif
 }
 
 // IEEE binary16 -> binary32 in integer arithmetic, for CPUs without F16C.
@@ -124,21 +118,22 @@ struct BF16 {
   using T = uint16_t;
   using Packed = Half;
 
-  // To nearest even, NaN kept. AVX512_BF16's own conversion is left aside on purpose: it flushes
-  // subnormal numbers to zero, so the bits would depend on the CPU.
+  // To nearest even, NaN kept.
   static Packed narrow(Vec v) {
-    const Bits u = bits(v);
+#if defined(__AVX512BF16__)
+    // The instruction flushes subnormal numbers to zero. They are rare, but bits that depend on the
+    // CPU are worse than a branch: vectors which hold one go the long way.
+    if (__builtin_expect(_mm512_fpclass_ps_mask(v, 0x20) == 0, 1))
+      return (Half)_mm512_cvtneps_pbh(v);
+#endif
+    const Bits u = reinterpret_cast<Bits>(v);
     const Bits rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-    const Bits nan = (u >> 16) | 0x40;
-    const Bits out = (u & 0x7fffffff) > 0x7f800000 ? nan : rounded;
+    const Bits out = (u & 0x7fffffff) > 0x7f800000 ? (u >> 16) | 0x40 : rounded;
 #if defined(__AVX512F__)
     return (Half)_mm512_cvtepi32_epi16((__m512i)out);
 #elif defined(__AVX2__)
-    union U {
-      Bits v;
-      __m256i half[2];
-    } o{out};
-    return (Half)_mm256_permute4x64_epi64(_mm256_packus_epi32(o.half[0], o.half[1]), 0xd8);
+    const __m256i packed = _mm256_packus_epi32((__m256i)out, (__m256i)out);
+    return (Half)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0xd8));
 #else
     return __builtin_convertvector(out, Half);
 #endif
@@ -148,14 +143,7 @@ struct BF16 {
 #if defined(__AVX512F__)
     return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)p), 16);
 #elif defined(__AVX2__)
-    union U {
-      __m256i half[2];
-      Vec v;
-    } o;
-    const __m256i h = (__m256i)p;
-    o.half[0] = _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(h)), 16);
-    o.half[1] = _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm256_extracti128_si256(h, 1)), 16);
-    return o.v;
+    return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)p), 16);
 #else
     return reinterpret_cast<Vec>(__builtin_convertvector(p, Bits) << 16);
 #endif
@@ -168,15 +156,9 @@ struct F16 {
 
   static Packed narrow(Vec v) {
 #if defined(__AVX512F__)
-    return (Half)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return (Half)_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #elif defined(__AVX2__)
-    union U {
-      Vec v;
-      __m256 half[2];
-    } x{v};
-    const __m128i lo = _mm256_cvtps_ph(x.half[0], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m128i hi = _mm256_cvtps_ph(x.half[1], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    return (Half)_mm256_set_m128i(hi, lo);
+    return (Half)_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
     Half out;
     for (int i = 0; i < kLanes; ++i) out[i] = float_to_half(v[i]);
@@ -186,16 +168,9 @@ struct F16 {
 
   static Vec widen(Packed p) {
 #if defined(__AVX512F__)
-    return (Vec)_mm512_cvtph_ps((__m256i)p);
+    return _mm512_cvtph_ps((__m256i)p);
 #elif defined(__AVX2__)
-    union U {
-      __m256 half[2];
-      Vec v;
-    } o;
-    const __m256i h = (__m256i)p;
-    o.half[0] = _mm256_cvtph_ps(_mm256_castsi256_si128(h));
-    o.half[1] = _mm256_cvtph_ps(_mm256_extracti128_si256(h, 1));
-    return o.v;
+    return _mm256_cvtph_ps((__m128i)p);
 #else
     Vec out;
     for (int i = 0; i < kLanes; ++i) out[i] = half_to_float(p[i]);
@@ -205,16 +180,19 @@ struct F16 {
 };
 
 // Loads and stores `count` elements; the other lanes read as zero and are not written. A row's tail so
-// goes through the very same arithmetic as its body, where `count` is a constant that folds away.
+// goes through the very same arithmetic as its body, where `count` is a constant that folds away: but
+// only if all on the way is inlined, else every vector becomes a call of memcpy.
+#define ALWAYS_INLINE __attribute__((always_inline))
+
 template <class D>
-inline Vec load(const typename D::T* from, int64_t count = kLanes) {
+ALWAYS_INLINE inline Vec load(const typename D::T* from, int64_t count = kLanes) {
   typename D::Packed packed{};
   memcpy(&packed, from, size_t(count) * sizeof(typename D::T));
   return D::widen(packed);
 }
 
 template <class D>
-inline void store(typename D::T* to, Vec v, int64_t count = kLanes) {
+ALWAYS_INLINE inline void store(typename D::T* to, Vec v, int64_t count = kLanes) {
   const typename D::Packed packed = D::narrow(v);
   memcpy(to, &packed, size_t(count) * sizeof(typename D::T));
 }

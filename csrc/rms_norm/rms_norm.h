@@ -43,4 +43,4 @@ struct RmsNormKernels {
   void (*dweight)(const RmsNormBackward&, int weight_dtype, int64_t begin, int64_t end);
 };
 
-extern const RmsNormKernels rms_norm_portable, rms_norm_avx2, rms_norm_avx512;
+extern const RmsNormKernels rms_norm_portable, rms_norm_avx2, rms_norm_avx512, rms_norm_avx512bf16;

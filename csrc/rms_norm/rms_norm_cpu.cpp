@@ -7,7 +7,7 @@ namespace {
 
 const RmsNormKernels& kernels() {
 #if defined(__x86_64__)
-  return pick(rms_norm_portable, rms_norm_avx2, rms_norm_avx512);
+  return pick(rms_norm_portable, rms_norm_avx2, rms_norm_avx512, rms_norm_avx512bf16);
 #else
   return rms_norm_portable;
 #endif

@@ -19,7 +19,7 @@ struct Forward {
     const typename W::T* weight = static_cast<const typename W::T*>(a.weight);
     const int64_t cols = a.cols;
 
-    const auto square = [&](int64_t j, int64_t n, Vec into) {
+    const auto square = [&](int64_t j, int64_t n, Vec into) ALWAYS_INLINE {
       Vec v = load<X>(x + j, n);
       if (kResidual) {
         // h is rounded to x's dtype before it is normalised: what is normalised is then exactly what
@@ -43,7 +43,7 @@ struct Forward {
     a.rstd[i] = rstd;
 
     const T* from = kResidual ? h : x;
-    const auto normalize = [&](int64_t j, int64_t n) {
+    const auto normalize = [&](int64_t j, int64_t n) ALWAYS_INLINE {
       store<X>(y + j, load<X>(from + j, n) * rstd * load<W>(weight + j, n), n);
     };
     for (j = 0; j + kLanes <= cols; j += kLanes) normalize(j, kLanes);
@@ -61,16 +61,15 @@ template <class X, class W, bool kUpstream, bool kWeight>
 struct Backward {
   using T = typename X::T;
 
-  static void row(const RmsNormBackward& a, int64_t i, float* partial) {
-    const T* dy = static_cast<const T*>(a.dy) + i * a.dy_stride;
-    const T* dh = kUpstream ? static_cast<const T*>(a.dh) + i * a.dh_stride : nullptr;
-    const T* h = static_cast<const T*>(a.h) + i * a.h_stride;
-    T* dx = static_cast<T*>(a.dx) + i * a.cols;
+  static const T* row_of(const void* base, int64_t stride, int64_t i) {
+    return static_cast<const T*>(base) + i * stride;
+  }
+
+  static float coefficient(const RmsNormBackward& a, int64_t i) {
+    const T *dy = row_of(a.dy, a.dy_stride, i), *h = row_of(a.h, a.h_stride, i);
     const typename W::T* weight = static_cast<const typename W::T*>(a.weight);
     const int64_t cols = a.cols;
-    const float rstd = a.rstd[i];
-
-    const auto product = [&](int64_t j, int64_t n, Vec into) {
+    const auto product = [&](int64_t j, int64_t n, Vec into) ALWAYS_INLINE {
       return fma(load<X>(dy + j, n) * load<W>(weight + j, n), load<X>(h + j, n), into);
     };
     Vec s[4] = {};
@@ -80,16 +79,40 @@ struct Backward {
     for (; j + kLanes <= cols; j += kLanes) s[0] = product(j, kLanes, s[0]);
     if (j < cols) s[1] = product(j, cols - j, s[1]);
     const double dot = sum((s[0] + s[1]) + (s[2] + s[3]));
-    const float c = float(double(rstd) * rstd * rstd * (dot / double(cols)));
+    const double rstd = a.rstd[i];
+    return float(rstd * rstd * rstd * (dot / double(cols)));
+  }
 
-    const auto gradients = [&](int64_t j, int64_t n) {
-      const Vec d = load<X>(dy + j, n) * rstd, v = load<X>(h + j, n);
-      Vec out = fma(d, load<W>(weight + j, n), v * -c);
-      if (kUpstream) out += load<X>(dh + j, n);
-      store<X>(dx + j, out, n);
-      if (kWeight) store<F32>(partial + j, fma(d, v, load<F32>(partial + j, n)), n);
+  // kRows rows at a time: their terms of dweight are added up in registers, so that `partial` is
+  // read and written once for all of them, and fewer additions follow one another.
+  template <int kRows>
+  static void rows(const RmsNormBackward& a, int64_t i, float* partial) {
+    const T *dy[kRows], *dh[kRows], *h[kRows];
+    T* dx[kRows];
+    float c[kRows];
+    for (int r = 0; r < kRows; ++r) {
+      dy[r] = row_of(a.dy, a.dy_stride, i + r);
+      dh[r] = kUpstream ? row_of(a.dh, a.dh_stride, i + r) : nullptr;
+      h[r] = row_of(a.h, a.h_stride, i + r);
+      dx[r] = static_cast<T*>(a.dx) + (i + r) * a.cols;
+      c[r] = coefficient(a, i + r);
+    }
+    const typename W::T* weight = static_cast<const typename W::T*>(a.weight);
+    const int64_t cols = a.cols;
+    const auto gradients = [&](int64_t j, int64_t n) ALWAYS_INLINE {
+      const Vec w = load<W>(weight + j, n);
+      Vec total = {};
+      for (int r = 0; r < kRows; ++r) {
+        const Vec d = load<X>(dy[r] + j, n) * a.rstd[i + r], v = load<X>(h[r] + j, n);
+        Vec out = fma(d, w, v * -c[r]);
+        if (kUpstream) out += load<X>(dh[r] + j, n);
+        store<X>(dx[r] + j, out, n);
+        if (kWeight) total = fma(d, v, total);
+      }
+      if (kWeight) store<F32>(partial + j, load<F32>(partial + j, n) + total, n);
     };
-    for (j = 0; j + kLanes <= cols; j += kLanes) gradients(j, kLanes);
+    int64_t j = 0;
+    for (; j + kLanes <= cols; j += kLanes) gradients(j, kLanes);
     if (j < cols) gradients(j, cols - j);
   }
 
@@ -98,8 +121,10 @@ struct Backward {
     for (int64_t block = begin; block < end; ++block) {
       float* partial = kWeight ? a.partial + block * a.cols : nullptr;
       if (kWeight) memset(partial, 0, size_t(a.cols) * sizeof(float));
-      const int64_t first = block * block_rows, past = first + block_rows;
-      for (int64_t i = first; i < (past < a.rows ? past : a.rows); ++i) row(a, i, partial);
+      int64_t i = block * block_rows;
+      const int64_t past = i + block_rows < a.rows ? i + block_rows : a.rows;
+      for (; i + 4 <= past; i += 4) rows<4>(a, i, partial);
+      for (; i < past; ++i) rows<1>(a, i, partial);
     }
   }
 };
@@ -111,10 +136,10 @@ void dweight_columns(const RmsNormBackward& a, int64_t begin, int64_t end) {
   const int64_t blocks = (a.rows + block_rows - 1) / block_rows;
   for (int64_t j = begin; j < end; j += kLanes) {
     const int64_t n = end - j < kLanes ? end - j : kLanes;
-    Vec total = {};
+    Vec s[4] = {};
     for (int64_t block = 0; block < blocks; ++block)
-      total += load<F32>(a.partial + block * a.cols + j, n);
-    store<W>(dweight + j, total, n);
+      s[block % 4] += load<F32>(a.partial + block * a.cols + j, n);
+    store<W>(dweight + j, (s[0] + s[1]) + (s[2] + s[3]), n);
   }
 }
 

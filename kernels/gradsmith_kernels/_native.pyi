@@ -42,7 +42,7 @@ def rms_norm_backward(
 ) -> None: ...
 def rms_norm_block_rows(rows: int, /) -> int: ...
 def adamw_step(
-    tensors: Sequence[tuple[int, int, int, int, int, int, int, float]],
+    tensors: Sequence[tuple[int, int, int, int, int, int, int, int]],
     lr: float,
     beta1: float,
     beta2: float,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +86,7 @@ def accelerate(
     return report
 
 
-def _accelerate_rms_norm(name: str, module: nn.Module, report: Report) -> None:
+def _accelerate_rms_norm(name: str, module: Any, report: Report) -> None:
     cls = type(module)
     if issubclass(cls, _Accelerated):
         report.left_alone[name] = "already accelerated"
@@ -100,7 +101,7 @@ def _accelerate_rms_norm(name: str, module: nn.Module, report: Report) -> None:
             report._originals.append((module, cls))
 
 
-def _unfit_rms_norm(module: nn.Module) -> str | None:
+def _unfit_rms_norm(module: Any) -> str | None:
     """Why a module called ...RMSNorm is not one that `rms_norm` can stand in for."""
     cls = type(module)
     weight = getattr(module, "weight", None)
@@ -130,7 +131,7 @@ def _subclass(cls: type[nn.Module]) -> type[nn.Module]:
     if cls not in _subclasses:
         original: Callable[[nn.Module, Tensor], Tensor] = cls.forward
 
-        def forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
+        def forward(self: Any, hidden_states: Tensor) -> Tensor:
             # Where the dtypes differ, the module's own result has the wider one.
             if torch.promote_types(hidden_states.dtype, self.weight.dtype) != hidden_states.dtype:
                 return original(self, hidden_states)

@@ -77,15 +77,13 @@ class AdamW(torch.optim.Optimizer):
             if not params:
                 continue
             states = [self._state(p) for p in params]
-            steps = [state["step"] for state in states]
-            torch._foreach_add_(steps, 1)
             beta1, beta2 = group["betas"]
             adamw_(
                 params,
                 [p.grad for p in params],
                 [state["exp_avg"] for state in states],
                 [state["exp_avg_sq"] for state in states],
-                [step.item() for step in steps],
+                [state["step"] for state in states],
                 lr=float(group["lr"]),
                 beta1=float(beta1),
                 beta2=float(beta2),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradsmith_kernels.adamw import op as _op  # registers gradsmith::adamw_
+import gradsmith_kernels.adamw.op  # noqa: F401 - registers gradsmith::adamw_
 
 __all__ = ["adamw_"]
 
@@ -17,7 +17,7 @@ def adamw_(
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[float],
+    steps: Sequence[Tensor],
     *,
     lr: float,
     beta1: float,
@@ -40,7 +40,8 @@ def adamw_(
         grads: like params in shape and device; float32 or bfloat16, not necessarily params' dtype.
         exp_avgs: m, like params in shape and device, float32.
         exp_avg_sqs: v, likewise.
-        steps: t of each tensor, counting this step: 1 for the first.
+        steps: the number of steps that each tensor has behind it, one float32 element on the CPU;
+            raised by one. t is the raised number.
         lr, beta1, beta2, eps, weight_decay: see the formula.
         backend: reference, cpu or triton; None chooses by device.
 
@@ -49,6 +50,6 @@ def adamw_(
         TypeError: a dtype or layout is not one of the above.
         BackendError: the backend cannot run here.
     """
-    torch.ops.gradsmith.adamw_(
+    torch.ops.gradsmith.adamw_.default(
         params, grads, exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay, backend
     )

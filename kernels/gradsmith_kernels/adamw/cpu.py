@@ -16,7 +16,7 @@ def step(
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[float],
+    steps: Sequence[Tensor],
     lr: float,
     beta1: float,
     beta2: float,
@@ -44,7 +44,7 @@ def step(
                 p.numel(),
                 DTYPE_CODES[p.dtype],
                 DTYPE_CODES[g.dtype],
-                t,
+                t.data_ptr(),
             )
         )
     _native.adamw_step(rows, lr, beta1, beta2, eps, weight_decay, torch.get_num_threads())

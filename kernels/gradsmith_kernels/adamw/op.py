@@ -19,11 +19,11 @@ OP = Op(
     },
 )
 
-_LIBRARY = torch.library.Library("gradsmith", "FRAGMENT")
-_LIBRARY.define(
-    "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
-    " float[] steps, float lr, float beta1, float beta2, float eps, float weight_decay,"
-    " str? backend=None) -> ()"
+torch.library.define(
+    "gradsmith::adamw_",
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
+    " Tensor(d!)[] steps, float lr, float beta1, float beta2, float eps, float weight_decay,"
+    " str? backend=None) -> ()",
 )
 
 
@@ -32,7 +32,7 @@ def _check(
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[float],
+    steps: Sequence[Tensor],
 ) -> None:
     lengths = [len(tensors) for tensors in (params, grads, exp_avgs, exp_avg_sqs, steps)]
     if len(set(lengths)) != 1:
@@ -45,7 +45,8 @@ def _check(
     device, float64 = params[0].device, params[0].dtype == torch.float64
     allowed = (torch.float64,) if float64 else DTYPES
     state = torch.float64 if float64 else torch.float32
-    for i, (p, g, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
+    tensors = zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)
+    for i, (p, g, m, v, t) in enumerate(tensors):
         if p.dtype not in allowed or g.dtype not in allowed:
             names = " or ".join(str(dtype) for dtype in allowed)
             raise TypeError(
@@ -56,6 +57,8 @@ def _check(
             raise TypeError(
                 f"adamw_: the moments of params[{i}] are {m.dtype} and {v.dtype}, not {state}"
             )
+        if t.dtype != torch.float32 or t.numel() != 1 or not t.is_cpu:
+            raise TypeError(f"adamw_: steps[{i}] must be one float32 element on the CPU; it is {t}")
         if not p.shape == g.shape == m.shape == v.shape:
             raise ValueError(
                 f"adamw_: params[{i}] is {tuple(p.shape)}, its gradient {tuple(g.shape)}, its "
@@ -73,7 +76,7 @@ def _adamw(
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[float],
+    steps: Sequence[Tensor],
     lr: float,
     beta1: float,
     beta2: float,
@@ -93,7 +96,7 @@ def _adamw_fake(
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[float],
+    steps: Sequence[Tensor],
     lr: float,
     beta1: float,
     beta2: float,
@@ -104,5 +107,5 @@ def _adamw_fake(
     _check(params, grads, exp_avgs, exp_avg_sqs, steps)
 
 
-torch.library.impl("gradsmith::adamw_", "CompositeExplicitAutograd", _adamw, lib=_LIBRARY)
-torch.library.register_fake("gradsmith::adamw_", _adamw_fake, lib=_LIBRARY)
+torch.library.impl("gradsmith::adamw_", "CompositeExplicitAutograd", _adamw)
+torch.library.register_fake("gradsmith::adamw_", _adamw_fake)

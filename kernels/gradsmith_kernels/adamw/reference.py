@@ -14,14 +14,15 @@ def step(
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[float],
+    steps: Sequence[Tensor],
     lr: float,
     beta1: float,
     beta2: float,
     eps: float,
     weight_decay: float,
 ) -> None:
-    for param, grad, m, v, t in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
+    for param, grad, m, v, count in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
+        t = count.add_(1).item()
         p = param.to(torch.promote_types(param.dtype, torch.float32))
         g = grad.to(p.dtype)
         m.add_(g - m, alpha=1 - beta1)

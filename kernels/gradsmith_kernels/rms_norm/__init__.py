@@ -7,7 +7,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from gradsmith_kernels.rms_norm import op as _op  # registers gradsmith::rms_norm
+import gradsmith_kernels.rms_norm.op  # noqa: F401 - registers gradsmith::rms_norm
 
 __all__ = ["rms_norm"]
 
@@ -41,7 +41,7 @@ def rms_norm(
         weight: (N,), of x's dtype or another of those dtypes.
         eps: added to the mean square; > 0.
         residual: like x. With it, the result is (y, h), both differentiable.
-        backend: reference, cpu or triton; None chooses by device (see `gradsmith_kernels.backends`).
+        backend: reference, cpu or triton; None chooses by device, see `backends`.
 
     Returns:
         y, contiguous, of x's shape and dtype; with `residual`, (y, h).
@@ -55,8 +55,10 @@ def rms_norm(
         TypeError: a dtype is not one of the above.
         BackendError: the backend cannot run here.
     """
+    y: Tensor
+    h: Tensor
     if residual is None:
-        y, _ = torch.ops.gradsmith.rms_norm(x, weight, eps, backend)
+        y, _ = torch.ops.gradsmith.rms_norm.default(x, weight, eps, backend)
         return y
-    y, h, _ = torch.ops.gradsmith.add_rms_norm(x, residual, weight, eps, backend)
+    y, h, _ = torch.ops.gradsmith.add_rms_norm.default(x, residual, weight, eps, backend)
     return y, h

@@ -12,7 +12,7 @@ from gradsmith_kernels.native import DTYPE_CODES, as_rows
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     rstd = torch.empty(x.shape[:-1], dtype=torch.float32)
     h = x if residual is None else torch.empty_like(y)
     if x.numel() == 0:
@@ -44,7 +44,7 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     cols = h.shape[-1]
     rows = rstd.numel()
-    dx = torch.empty(h.shape, dtype=h.dtype)
+    dx = torch.empty_like(h, memory_format=torch.contiguous_format)
     dweight = torch.empty(cols if need_dweight else 0, dtype=weight.dtype)
     if h.numel() == 0:
         return dx, dweight.zero_()
