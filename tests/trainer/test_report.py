@@ -143,6 +143,7 @@ def test_a_whole_report_of_two_runs(tmp_path):
     assert len(charts) == 10
     names = [[s["name"] for s in json.loads(c["data-chart"])["series"]] for c in charts]
     assert names[0] == ["training, smoothed", "validation"]
+    assert names[1] == ["validation"]
 
 
 def test_nothing_is_loaded_and_only_our_script_runs(tmp_path):
@@ -272,7 +273,7 @@ def test_log_ticks():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0"), (1.4213, "1.421"), (0.003, "0.003"), (3e-5, "3e-5"), (1.25e-4, "1.25e-4"),
+    [(0, "0"), (1.4213, "1.421"), (0.003, "0.003"), (3e-5, "3e-5"), (1.25e-4, "0.000125"),
      (3200, "3,200"), (12_000, "12k"), (1_500_000, "1.5M"), (-2.5, "-2.5")],
 )  # fmt: skip
 def test_labels_are_short(value, text):

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..console import quiet
 from ..run import Run, read_json, write_json
 from .generate import Prompt, complete, encode_prompt, encode_text
 
@@ -37,10 +38,17 @@ def evaluate(run: Run | str | Path, *, split: str = "test") -> dict[str, Any]:
     Raises:
         UserError: no such run, a split that is not held out or is empty, nothing trained yet.
     """
+    run = run if isinstance(run, Run) else Run.open(run)
+    with quiet(run.logs / "evaluate.log"):
+        result = _evaluate(run, split)
+    write_json(run.evaluation_path, result)
+    return result
+
+
+def _evaluate(run: Run, split: str) -> dict[str, Any]:
     from ..data.shards import PreparedData
     from ..models.build import load_for_inference, resolve_base
 
-    run = run if isinstance(run, Run) else Run.open(run)
     recipe = run.recipe()
     prepared = PreparedData.open(run.data)
     documents = prepared.held_out(split)  # before the model: a wrong split is said at once
@@ -63,7 +71,7 @@ def evaluate(run: Run | str | Path, *, split: str = "test") -> dict[str, Any]:
         for place, (prompt, reference) in enumerate(asked)
     ]
     generation = recipe.evaluation.generation
-    result = {
+    return {
         "split": split,
         "step": int(read_json(Path(folder).parent / "state.json")["step"]),
         "task": prepared.task,
@@ -78,8 +86,6 @@ def evaluate(run: Run | str | Path, *, split: str = "test") -> dict[str, Any]:
             "seed": recipe.seed,
         },
     }
-    write_json(run.evaluation_path, result)
-    return result
 
 
 Question = tuple[Prompt, str | None]  # and, where there is one, the reference

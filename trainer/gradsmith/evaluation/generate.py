@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..console import quiet
 from ..errors import UserError
 
 Prompt = str | list[dict[str, str]]
@@ -44,24 +46,26 @@ def generate(
 
     if not prompts:
         raise UserError("generate: no prompt given; pass at least one text")
-    model, tokenizer = load_for_inference(path)
-    system = None
-    run = Run(path)
-    if run.recipe_path.is_file():
+    run, system = Run(path), None
+    is_run = run.recipe_path.is_file()
+    if is_run:
         data = run.recipe().data
         chat = data.task == "chat" if chat is None else chat
         system = data.chat.system
-    elif chat is None:
-        chat = tokenizer.chat_template is not None
-    return complete(
-        model,
-        tokenizer,
-        [encode_prompt(tokenizer, prompt, chat=chat, system=system) for prompt in prompts],
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-    )
+    with quiet(run.logs / "generate.log" if is_run else Path(os.devnull)):
+        model, tokenizer = load_for_inference(path)
+        if chat is None:
+            chat = tokenizer.chat_template is not None
+        ids = [encode_prompt(tokenizer, prompt, chat=chat, system=system) for prompt in prompts]
+        return complete(
+            model,
+            tokenizer,
+            ids,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+        )
 
 
 def encode_prompt(

@@ -263,15 +263,15 @@ def _curves(c: _Contents) -> str:
         return ""
     losses = _points(c.train, "loss")
     validation = _points(c.validation, "loss")
-    smoothed = smooth(losses, len(losses) // 25)
+    window = len(losses) // 20
+    training = [Series("training", losses)]
+    if window > 2:
+        smoothed = Series("training, smoothed", smooth(losses, window))
+        training = [Series("each step", losses, faint=True), smoothed]
     large = [
         Chart(
             "Loss",
-            [
-                Series("each step", losses, faint=True),
-                Series("training, smoothed", smoothed),
-                Series("validation", validation, "s1", dots=True),
-            ],
+            [*training, Series("validation", validation, "s1", dots=True)],
             "step",
             "nats per target token",
             log_y=_spread([*losses, *validation]) > 2.5,

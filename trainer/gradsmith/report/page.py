@@ -114,6 +114,7 @@ tbody th { font-weight: 600; min-width: 104px; }
 .results tbody th { min-width: 160px; }
 tr.ours td, tr.ours th { color: var(--ember); font-weight: 640; }
 .number { text-align: right; white-space: nowrap; }
+td { overflow-wrap: anywhere; }
 th:last-child, td:last-child { padding-right: 0; }
 .bar { width: 34%; min-width: 90px; }
 .bar svg { display: block; width: 100%; height: 12px; margin-top: 5px; }

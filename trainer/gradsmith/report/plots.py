@@ -110,7 +110,7 @@ def label(value: float) -> str:
         return f"{value / 1e3:.3g}k"
     if size >= 1e3:
         return f"{value:,.0f}"
-    if size and size < 1e-3:
+    if size and size < 1e-4:
         mantissa, _, exponent = f"{value:.2e}".partition("e")
         return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
     return f"{value:.4g}"
