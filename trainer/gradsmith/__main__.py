@@ -25,6 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     _leave_working_directory()
     try:
+        _share_cores()
         from .cli import app
 
         app(arguments, prog_name="gradsmith")
@@ -52,6 +53,15 @@ def _leave_working_directory() -> None:
         del sys.path[0]
 
 
+def _share_cores() -> None:
+    """DeepSpeed's launcher, unlike torchrun, lets every process use all cores of its machine."""
+    processes = os.environ.get("LOCAL_SIZE")
+    if processes and "OMP_NUM_THREADS" not in os.environ:
+        from .launch import physical_cores
+
+        os.environ["OMP_NUM_THREADS"] = str(max(1, physical_cores() // int(processes)))
+
+
 def _crash(error: Exception) -> int:
     traceback.print_exc()
     return _fail(f"{type(error).__name__}: {error}", 1)
@@ -62,7 +72,7 @@ def _fail(message: str, code: int) -> int:
     message goes to torchrun, which hands on the first one (see `gradsmith.launch`)."""
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if error_file:
-        text = json.dumps({"message": message, "timestamp": int(time.time())})
+        text = json.dumps({"message": message, "timestamp": time.time()})
         Path(error_file).write_text(text, encoding="utf-8")
     else:
         print(f"error: {message}", file=sys.stderr)

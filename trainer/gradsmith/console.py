@@ -160,6 +160,9 @@ class TrainingProgress:
 
     def note(self, text: str) -> None:
         """Prints a line above the bar."""
+        if self._unsaid:
+            self._print(self._unsaid)
+            self._unsaid = ""
         self._print(text)
 
     def _print(self, text: str) -> None:

@@ -177,20 +177,27 @@ def _run_torchrun(arguments: list[str]) -> int:
 
 
 def _explain_failure(error: Any) -> NoReturn:
-    """Maps a torchrun ChildFailedError to this command's end: the message of the first rank that
-    gave a reason, or the fate of the first that died without one."""
-    failures = [failure for _, failure in sorted(error.failures.items())]
-    told = [failure for failure in failures if failure.error_file_data.get("message")]
+    """Maps a torchrun ChildFailedError to this command's end: the first reason that a rank gave,
+    or the fate of a rank that died without one."""
+    told, silent = [], []
+    for rank, failure in sorted(error.failures.items()):
+        data = failure.error_file_data
+        if "timestamp" in data:  # written by gradsmith.__main__
+            told.append((data["timestamp"], failure))
+        elif failure.exitcode != -signal.SIGTERM:  # by which torchrun ends the others
+            silent.append((rank, failure))
     if told:
-        kind = UserError if told[0].exitcode == 2 else RunError
-        raise kind(told[0].message)
-    rank, failure = error.get_first_failure()
-    if failure.exitcode < 0:
-        cause = f"was killed by {failure.signal_name()}"
-        if -failure.exitcode == signal.SIGKILL:
-            cause += " (most often because the machine ran out of memory)"
-        raise RunError(f"rank {rank} {cause}")
-    raise RunError(f"rank {rank} ended with exit code {failure.exitcode}")
+        # Ranks that fail together fail for one reason, and the lowest of them knows it best.
+        first = min(time for time, _ in told)
+        failure = next(failure for time, failure in told if time < first + 1)
+        raise (UserError if failure.exitcode == 2 else RunError)(failure.message)
+    rank, failure = silent[0] if silent else error.get_first_failure()
+    if failure.exitcode > 0:
+        raise RunError(f"rank {rank} ended with exit code {failure.exitcode}")
+    cause = f"rank {rank} was killed by {failure.signal_name()}"
+    if -failure.exitcode == signal.SIGKILL:
+        cause += " (most often because the machine ran out of memory)"
+    raise RunError(cause)
 
 
 def physical_cores() -> int:

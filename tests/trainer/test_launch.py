@@ -1,0 +1,344 @@
+"""`gradsmith launch`: which options go together, the commands it makes, and real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from gradsmith.__main__ import main
+from gradsmith.errors import UserError
+from gradsmith.launch import physical_cores, read_hostfile
+
+TINY: dict[str, Any] = {
+    "name": "tiny",
+    "output": "run",
+    "data": {
+        "sources": [{"kind": "text", "path": "texts"}],
+        "split": {"validation": 0.2, "test": 0.0},
+        "tokenizer": {"train": {"vocab_size": 300}},
+        "sequence_length": 32,
+    },
+    "model": {
+        "architecture": "llama",
+        "config": {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        },
+    },
+    "training": {
+        "steps": 2,
+        "global_batch": 4,
+        "micro_batch": 2,
+        "precision": "fp32",
+        "optimizer": {"lr": 1e-3},
+    },
+}
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    (tmp_path / "texts").mkdir()
+    for number in range(20):
+        (tmp_path / "texts" / f"{number}.txt").write_text(f"This is number {number}.\n" * 8)
+    (tmp_path / "hosts").write_text("# two machines\nnode0 slots=1\n\nnode1 slots=1\n")
+    return tmp_path
+
+
+# -------------------------------------------------------------------------- options and commands
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--hostfile hosts --nnodes 2", "--nnodes does not go with --hostfile"),
+        ("--hostfile hosts --nproc 2", "--nproc does not go with --hostfile"),
+        ("--hostfile hosts --slurm", "--hostfile and --slurm are different ways to start"),
+        ("--slurm --nodes 2 --nproc 1 --node-rank 0", "--slurm and --node-rank are different"),
+        ("--hostfile nowhere", "--hostfile: nowhere: no such file"),
+        ("--nnodes 2", "--nnodes needs --node-rank R and --master HOST:PORT"),
+        ("--nnodes 2 --node-rank 2 --master a:1", "with --nnodes 2 allowed are 0 to 1"),
+        ("--nnodes 2 --node-rank 0 --master a", "--master: found a; expected HOST:PORT"),
+        ("--nnodes 2 --node-rank 0 --master a:99999", "expected HOST:PORT"),
+        ("--node-rank 0", "--node-rank and --master go with --nnodes"),
+        ("--slurm --nodes 2", "--slurm needs --nodes and --nproc"),
+        ("--slurm --nodes 2 --nproc 1 --master a:1", "--master does not go with --slurm"),
+        ("--submit", "--submit goes with --slurm"),
+        ("--time 1:00:00", "--time goes with --slurm"),
+        ("--nproc 3", "4 sequences do not divide over 3 ranks"),
+    ],
+)
+def test_options_that_do_not_go_together(
+    options: str, said: str, here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["launch", *options.split(), "tiny.yaml", "--dry-run"]) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert said in err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("node0 slots=0\n", r':1: found "node0 slots=0"; expected HOST slots=N'),
+        ("node0 slots=2\nnode1\n", r':2: found "node1"'),
+        ("node0 slots=1\nnode0 slots=1\n", ":2: the host node0 stands there twice"),
+        ("# nobody\n", "names no host"),
+    ],
+)
+def test_a_bad_hostfile(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "hosts").write_text(text)
+    with pytest.raises(UserError, match=said):
+        read_hostfile(tmp_path / "hosts")
+
+
+TRAIN = ["-m", "gradsmith", "train"]
+RUN = ["-m", "torch.distributed.run"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (
+            "--nproc 2 tiny.yaml",
+            [*RUN, "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2", *TRAIN,
+             "tiny.yaml"],
+        ),
+        (
+            "--nproc 1 --nnodes 2 --node-rank 1 --master n0:29500 --fresh tiny.yaml name=b",
+            [*RUN, "--nnodes", "2", "--node-rank", "1", "--master-addr", "n0", "--master-port",
+             "29500", "--nproc-per-node", "1", *TRAIN, "--fresh", "tiny.yaml", "name=b"],
+        ),
+        (
+            "--nproc 2 tiny.yaml 'data.sources.0.path=a b' -- --max-restarts 1",
+            [*RUN, "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2",
+             "--max-restarts", "1", *TRAIN, "tiny.yaml", "data.sources.0.path=a b"],
+        ),
+        (
+            "--hostfile hosts tiny.yaml -- --launcher openmpi",
+            ["-m", "deepspeed.launcher.runner", "--hostfile", "hosts", "--quiet",
+             "--no_local_rank", "--launcher", "openmpi", "--module", *TRAIN[1:], "tiny.yaml"],
+        ),
+    ],
+)  # fmt: skip
+def test_dry_run_prints_the_command(
+    arguments: str, expected: list[str], here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command, *engine = arguments.split(" -- ")
+    assert (
+        main(["launch", "--dry-run", *shlex.split(command), *("-- ".join(["", *engine]).split())])
+        == 0
+    )
+    words = shlex.split(capfd.readouterr().out)
+    if words[0].startswith("OMP_NUM_THREADS="):
+        assert int(words.pop(0).partition("=")[2]) >= 1
+    assert words == [sys.executable, *expected]
+    assert not (here / "run").exists()
+
+
+def test_threads_are_shared_out_unless_the_user_says(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("gradsmith.launch.physical_cores", lambda: 8)
+    for nproc, threads in (("1", 8), ("2", 4)):
+        assert main(["launch", "--dry-run", "--nproc", nproc, "tiny.yaml"]) == 0
+        assert capfd.readouterr().out.startswith(f"OMP_NUM_THREADS={threads} ")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert main(["launch", "--dry-run", "--nproc", "2", "tiny.yaml"]) == 0
+    assert capfd.readouterr().out.startswith("OMP_NUM_THREADS=3 ")
+
+
+# --------------------------------------------------------------------------------------- Slurm
+
+
+def program(folder: Path, name: str, script: str) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/bash\n{script}\n")
+    (folder / name).chmod(0o755)
+
+
+SLURM = ["launch", "--slurm", "--nodes", "2", "--nproc", "1", "--time", "1:00:00"]
+SLURM += ["--partition", "gpu", "--sbatch", "gpus-per-node=1", "tiny.yaml", "name=a b"]
+
+
+def test_the_sbatch_script_starts_launch_on_each_node(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    job = [*SLURM[:-1], "data.sources.0.path=a b", "--", "--max-restarts", "1"]
+    assert main(job) == 0
+    assert "submit it with: sbatch run/launch.sbatch" in capfd.readouterr().out
+    script = (here / "run" / "launch.sbatch").read_text()
+    directives = re.findall(r"^#SBATCH --(.*)$", script, flags=re.MULTILINE)
+    assert {"job-name=tiny", "nodes=2", "ntasks-per-node=1", "time=1:00:00"} <= set(directives)
+    assert {"partition=gpu", "gpus-per-node=1", f"chdir={here}"} <= set(directives)
+    assert "output=run/logs/slurm-%j.out" in directives
+    assert (here / "run" / "logs").is_dir()  # sbatch does not make it
+
+    # Run it with stand-ins for Slurm's programs: this srun shows what node 1 would be told.
+    program(here / "bin", "scontrol", "printf 'node0\\nnode1\\n'")
+    program(
+        here / "bin",
+        "srun",
+        'while [[ "$1" == --* ]]; do shift; done\n'
+        '[[ "$1 $2" == "bash -c" ]] || exit 9\n'
+        'show=\'for word in "$@"; do echo "$word"; done\'\n'
+        'SLURM_NODEID=1 bash -c "${3/exec/set --}; $show" "${@:4}"',
+    )
+    environment = {"SLURM_JOB_NODELIST": "node[0-1]", "SLURM_JOB_ID": "40123"}
+    environment |= {"PATH": f"{here / 'bin'}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "run/launch.sbatch"], env=environment, capture_output=True, text=True, check=True
+    )
+    words = done.stdout.splitlines()
+    assert words[:4] == [sys.executable, "-m", "gradsmith", "launch"]
+    assert words[4:12] == ["--node-rank", "1", "--nnodes", "2", "--nproc", "1", "--master",
+                           "node0:20123"]  # fmt: skip
+    assert words[12:] == ["tiny.yaml", "data.sources.0.path=a b", "--", "--max-restarts", "1"]
+    assert main(["launch", "--dry-run", *words[4:]]) == 0  # and launch takes it
+    assert "--node-rank 1 --master-addr node0 --master-port 20123" in capfd.readouterr().out
+
+
+def test_submit_hands_the_script_to_sbatch(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    job = [*SLURM[:-1], "--submit"]
+    monkeypatch.setenv("PATH", str(here / "bin"))
+    assert main(job) == 2
+    assert "sbatch is not on the PATH; wrote run/launch.sbatch" in capfd.readouterr().err
+    program(here / "bin", "sbatch", 'echo "submitted $*"; exit 3')
+    monkeypatch.setenv("PATH", f"{here / 'bin'}:/usr/bin:/bin")
+    assert main(job) == 3
+    assert capfd.readouterr().out == "submitted run/launch.sbatch\n"
+
+
+def test_slurm_dry_run_prints_the_script_and_writes_nothing(
+    here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*SLURM[:-1], "--dry-run"]) == 0
+    assert capfd.readouterr().out.startswith("#!/bin/bash\n#SBATCH --job-name=tiny\n")
+    assert not (here / "run").exists()
+
+
+# ------------------------------------------------------------------------------ real processes
+
+
+def gradsmith(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "gradsmith", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=240)
+    return process.returncode, out, err
+
+
+def losses(run: Path) -> list[float]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if row["kind"] == "train"]
+
+
+def world(run: Path) -> int:
+    return int(json.loads((run / "provenance.json").read_text())["world"])
+
+
+def test_two_ranks_and_two_nodes_train_alike(here: Path) -> None:
+    code, _, err = finish(gradsmith("launch", "--nproc", "2", "tiny.yaml", "output=one-node"))
+    assert code == 0, err
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = ["--nnodes", "2", "--nproc", "1", "--master", f"127.0.0.1:{port}"]
+    nodes = [
+        gradsmith("launch", *where, "--node-rank", rank, "tiny.yaml", "output=two-nodes")
+        for rank in ("0", "1")
+    ]
+    for code, _, err in map(finish, nodes):
+        assert code == 0, err
+    assert world(here / "one-node") == world(here / "two-nodes") == 2
+    assert len(losses(here / "one-node")) == 2
+    assert losses(here / "two-nodes") == pytest.approx(losses(here / "one-node"), rel=1e-5)
+
+
+def test_deepspeeds_launcher_trains_on_a_hostfile(here: Path) -> None:
+    (here / "hosts").write_text("localhost slots=2\n")
+    alone = ["--no_ssh_check", "--master_addr", "127.0.0.1"]  # this machine may have no ssh
+    code, _, err = finish(gradsmith("launch", "--hostfile", "hosts", "tiny.yaml", "--", *alone))
+    assert code == 0, err
+    provenance = json.loads((here / "run" / "provenance.json").read_text())
+    assert provenance["threads"] == max(1, physical_cores() // 2)
+    assert world(here / "run") == 2
+    assert len(losses(here / "run")) == 2
+
+
+def test_a_wrong_recipe_ends_with_2_and_its_message_once(here: Path) -> None:
+    code, out, err = finish(
+        gradsmith("launch", "--nproc", "2", "tiny.yaml", "model.config.hidden_sise=8")
+    )
+    assert code == 2
+    assert out == ""
+    assert err.count('hidden_sise: llama has none. Did you mean "hidden_size"?') == 1
+    assert "Traceback" not in err
+    assert "torch.distributed" not in err
+
+
+@pytest.mark.parametrize(
+    ("script", "code", "said"),
+    [
+        ("os.kill(os.getpid(), 9)", 1, "error: rank 1 was killed by SIGKILL (most often because"),
+        ("sys.exit(7)", 1, "error: rank 1 ended with exit code 7"),
+        ("sys.exit(fail('no room', 1))", 1, "error: no room"),
+        ("sys.exit(fail('a: wrong', 2))", 2, "error: a: wrong"),
+    ],
+)
+def test_how_a_rank_dies_is_told_without_a_stack_dump(
+    script: str, code: int, said: str, tmp_path: Path
+) -> None:
+    rank = tmp_path / "rank.py"
+    rank.write_text(
+        "import os, sys, time\nfrom gradsmith.__main__ import _fail as fail\n"
+        f"if os.environ['RANK'] == '1':\n    {script}\ntime.sleep(60)\n"
+    )
+    done = subprocess.run(
+        [
+            *(sys.executable, "-c"),
+            "import sys\nimport gradsmith.launch as launch, gradsmith.__main__ as entry\n"
+            "launch.launch = lambda job, dry_run: launch._run_torchrun(sys.argv[2:])\n"
+            "sys.exit(entry.main(['launch', sys.argv[1]]))",
+            *("recipe.yaml", "--standalone", "--local-addr", "127.0.0.1"),
+            *("--nproc-per-node", "2", str(rank)),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout) == (code, "")
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith(said)
+
+
+def test_an_option_that_torchrun_does_not_know(here: Path) -> None:
+    code, _, err = finish(gradsmith("launch", "--nproc", "1", "tiny.yaml", "--", "--bogus"))
+    assert code == 2
+    assert "torchrun does not understand the options after --" in err
