@@ -33,6 +33,8 @@ def main() -> int:
     if "--check" in sys.argv[1:]:
         return 0
 
+    import torch
+
     from . import ops
     from .machine import ROOT, describe, gpu_clock, measure_rates, rounds_within, write_results
     from .table import show
@@ -40,18 +42,18 @@ def main() -> int:
     clock = gpu_clock()
     rows: list[dict[str, Any]] = []
     failed = []
-    for key, case in ops.cases("cuda"):
+    for label, case in ops.cases().items():
         try:
-            calls = ops.contenders(case, "cuda")
+            calls = ops.contenders(case, torch.device("cuda"))
         except AssertionError as error:
-            failed.append(f"{key}: {error}")
+            failed.append(f"{label}: {error}")
             continue
         rounds = rounds_within([*calls.values()], clock, ops.BUDGET)
         seconds: dict[str, list[float]] = {name: [] for name in calls}
         for _ in range(rounds):
             for name, call in calls.items():
                 seconds[name].append(clock(call))
-        rows.append(ops.row(key, case, seconds))
+        rows.append(ops.row(case, seconds))
     machine, rates = describe("cuda"), measure_rates("cuda", clock)
     if rows:
         print(show(machine, rates, rows))

@@ -1,39 +1,47 @@
-"""Each op against its peers, as its spec lists them; shared by the CPU suite and `make gpu`."""
+"""Each op against its peers, as its spec lists them; shared by the CPU suite and the GPU one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
+
+import torch
 
 from gradsmith_kernels.spec import BenchCase, all_specs
 
 from .machine import Call, summary
 
-BACKENDS = {"cpu": "cpu", "cuda": "triton"}
 BUDGET = 2.0  # seconds for one case
+OURS = "gradsmith"
 
 
-def cases(device: str) -> Iterator[tuple[str, BenchCase]]:
-    for spec in all_specs():
-        for case in spec.bench_cases(device):
-            yield f"{spec.name} {case.label}", case
+def cases() -> dict[str, BenchCase]:
+    found = [case for spec in all_specs() for case in spec.bench_cases()]
+    labelled = {case.label: case for case in found}
+    assert len(labelled) == len(found), "two benchmark cases have the same label"
+    return labelled
 
 
-def contenders(case: BenchCase, device: str) -> dict[str, Call]:
-    """Ours first. The parity check comes before: a case that fails it raises, and is not timed."""
-    backend = BACKENDS[device]
-    case.check(backend, device)
-    calls = {"gradsmith": case.ours(backend, device)}
-    return calls | {name: make(device) for name, make in case.peers.items()}
+def contenders(case: BenchCase, device: torch.device) -> dict[str, Call]:
+    """What is timed: ours and each peer, on inputs of its own with the same values.
+
+    Raises:
+        AssertionError: the parity check fails, and what is not right is not timed.
+    """
+    case.check(device)
+    calls: dict[str, Call] = {OURS: partial(case.ours, case.make(device), None)}
+    return calls | {name: partial(peer, case.make(device)) for name, peer in case.peers.items()}
 
 
-def row(key: str, case: BenchCase, seconds: dict[str, list[float]]) -> dict[str, Any]:
+def row(case: BenchCase, seconds: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """The case in the results file; a ratio is a peer's median time over ours."""
     times = {name: summary(values) for name, values in seconds.items()}
-    ours = times["gradsmith"]["median"]
+    ours = times[OURS]["median"]
     return {
-        "key": key,
+        "key": case.label,
         "times": times,
-        "ratios": {p: t["median"] / ours for p, t in times.items() if p != "gradsmith"},
+        "ratios": {name: t["median"] / ours for name, t in times.items() if name != OURS},
         "bytes": case.bytes,
         "flops": case.flops,
     }
