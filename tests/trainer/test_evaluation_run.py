@@ -45,7 +45,7 @@ def train(folder, name: str, task: str, source: dict, model: dict, **data) -> Ru
         [sys.executable, "-m", "gradsmith", "train", str(path)],
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "2"},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return Run.open(folder / name)

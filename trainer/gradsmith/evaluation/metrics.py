@@ -34,9 +34,9 @@ def batch_sums(model: Any, batch: Any, token_bytes: torch.Tensor) -> torch.Tenso
     Args:
         model: a causal LM, an adapter around one, or an engine around either.
         batch: has `input_ids`, `labels` (shifted already, -100 is no target) and `position_ids`,
-            all int64 (B, S). Positions restart at each document, from which transformers derives
-            that packed documents do not see each other.
-        token_bytes: (V,), the UTF-8 bytes that each token id stands for.
+            all int64 (B, S), on the CPU. Positions restart at each document; from that
+            transformers derives that packed documents do not see each other.
+        token_bytes: int64 (V,), the UTF-8 bytes that each token id stands for.
 
     Returns:
         float64 (5,) on the CPU.
@@ -50,20 +50,20 @@ def batch_sums(model: Any, batch: Any, token_bytes: torch.Tensor) -> torch.Tenso
         position_ids=batch.position_ids.to(device),
         use_cache=False,
     ).logits
-    nll = torch.zeros((), dtype=torch.float64)
-    correct = 0
+    nll = torch.zeros((), dtype=torch.float64, device=device)
+    correct = torch.zeros((), dtype=torch.int64, device=device)
     # Row by row: float32 logits of a whole batch would be the largest tensor of the evaluation.
     for row_logits, row_labels in zip(logits, labels, strict=True):
         is_target = row_labels != -100
         target_logits, targets = row_logits[is_target].float(), row_labels[is_target]
         losses = F.cross_entropy(target_logits, targets, reduction="none")
-        nll += losses.double().sum().cpu()
-        correct += int((target_logits.argmax(-1) == targets).sum())
+        nll += losses.double().sum()
+        correct += (target_logits.argmax(-1) == targets).sum()
     counted = batch.labels != -100
-    targets = batch.labels[counted].cpu()
-    rows = int(counted.any(dim=1).sum())
-    sizes = (targets.numel(), int(token_bytes[targets].sum()), correct, rows)
-    return torch.cat([nll.reshape(1), torch.tensor(sizes, dtype=torch.float64)])
+    targets = batch.labels[counted]
+    rows = counted.any(dim=1).sum()
+    sums = (nll, torch.tensor(targets.numel()), token_bytes[targets].sum(), correct, rows)
+    return torch.stack([value.cpu().double() for value in sums])
 
 
 def summarize(sums: torch.Tensor) -> dict[str, float | int]:

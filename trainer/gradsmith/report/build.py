@@ -353,7 +353,8 @@ def _ledger(c: _Contents) -> str:
             what, documents, tokens = row["what"], row["documents"], row.get("tokens", 0)
             kind = "" if what == "in" else "on" if what in ("kept", *SPLITS) else "out"
             share = documents / most_documents if most_documents else tokens / (most_tokens or 1)
-            why = ", ".join(str(row[key]) for key in ("reason", "source") if row.get(key))
+            why, source = row.get("reason", ""), row.get("source", "")
+            why = f"{why} ({source})" if why and source else why or source
             head = f'<th rowspan="{len(rows)}">{escape(step)}</th>' if row is rows[0] else ""
             lines.append(
                 f'<tr class="{kind}">{head}<td>{escape(what)}</td>'

@@ -51,7 +51,7 @@ nav a:hover { text-decoration: underline; }
 }
 .tiles {
   display: grid; gap: 14px; margin: 22px 0 6px;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 170px), 1fr));
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 140px), 1fr));
 }
 .tile, .chart, .sample, .panel {
   background: var(--card); border: 1px solid var(--rule); border-radius: 10px; min-width: 0;
@@ -65,8 +65,8 @@ nav a:hover { text-decoration: underline; }
 .tile.first { grid-column: span 2; }
 .tile.first b { color: var(--ember); font-size: 40px; line-height: 1.1; }
 .charts { display: grid; gap: 14px; margin-bottom: 14px; }
-.charts.two { grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); }
-.charts.three { grid-template-columns: repeat(auto-fit, minmax(min(100%, 290px), 1fr)); }
+.charts.two { grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr)); }
+.charts.three { grid-template-columns: repeat(auto-fit, minmax(min(100%, 230px), 1fr)); }
 .chart { margin: 0; padding: 14px 14px 8px; position: relative; }
 .chart figcaption { font-weight: 620; font-size: 14px; }
 .chart figcaption span { color: var(--soft); font-weight: 400; margin-left: 6px; font-size: 13px; }
@@ -114,7 +114,7 @@ tbody th { font-weight: 600; min-width: 104px; }
 .results tbody th { min-width: 160px; }
 tr.ours td, tr.ours th { color: var(--ember); font-weight: 640; }
 .number { text-align: right; white-space: nowrap; }
-td { overflow-wrap: anywhere; }
+td:last-child:not(.number) { overflow-wrap: anywhere; min-width: 110px; }
 th:last-child, td:last-child { padding-right: 0; }
 .bar { width: 34%; min-width: 90px; }
 .bar svg { display: block; width: 100%; height: 12px; margin-top: 5px; }
@@ -126,6 +126,9 @@ th:last-child, td:last-child { padding-right: 0; }
 .panel { padding: 6px 18px 10px; }
 .panel h3 { margin-top: 8px; }
 .below { margin-top: 14px; }
+.columns table { font-size: 13px; }
+.columns :is(th, td) { padding-right: 10px; }
+.columns :is(th, td):last-child { padding-right: 0; }
 .columns {
   display: grid; gap: 14px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr));
   align-items: start;
@@ -144,7 +147,10 @@ details { margin: 12px 0; }
 summary { cursor: pointer; font-weight: 600; }
 details pre { margin-top: 10px; }
 footer { color: var(--soft); font-size: 13px; padding-top: 46px; padding-bottom: 40px; }
-@media (max-width: 700px) {
+@media (max-width: 960px) {
+  .charts.three text { font-size: 14px; }
+}
+@media (max-width: 740px) {
   .charts.three text { font-size: 9px; }
   .charts.three .line { stroke-width: 1.3; }
 }
