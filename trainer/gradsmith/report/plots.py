@@ -134,7 +134,9 @@ def draw(chart: Chart) -> str:
         x0, x1 = x0 - 1, x1 + 1
     y0, y1 = _padded(min(ys), max(ys), log_y, chart.from_zero)
 
-    left, right, top, bottom = 46, 10, 10, 34
+    y_ticks = log_ticks(y0, y1) if log_y else ticks(y0, y1)
+    left = 13 + 7 * max(5, *(len(label(y)) for y in y_ticks))  # room for the longest label
+    right, top, bottom = 10, 10, 34
     inner_width, inner_height = chart.width - left - right, chart.height - top - bottom
 
     def at_x(x: float) -> float:
@@ -146,7 +148,7 @@ def draw(chart: Chart) -> str:
 
     base, end = chart.height - bottom, chart.width - right
     out = []
-    for y in log_ticks(y0, y1) if log_y else ticks(y0, y1):
+    for y in y_ticks:
         out.append(f'<line class="grid" x1="{left}" x2="{end}" y1="{at_y(y)}" y2="{at_y(y)}"/>')
         out.append(f'<text class="y" x="{left - 7}" y="{at_y(y) + 4:.1f}">{label(y)}</text>')
     out.append(f'<line class="axis" x1="{left}" x2="{end}" y1="{base}" y2="{base}"/>')
