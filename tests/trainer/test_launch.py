@@ -294,7 +294,7 @@ def test_a_wrong_recipe_ends_with_2_and_its_message_once(here: Path) -> None:
     code, out, err = finish(
         gradsmith("launch", "--nproc", "2", "tiny.yaml", "model.config.hidden_sise=8")
     )
-    assert code == 2
+    assert code == 2, err
     assert out == ""
     assert err.count('hidden_sise: llama has none. Did you mean "hidden_size"?') == 1
     assert "Traceback" not in err
@@ -340,5 +340,5 @@ def test_how_a_rank_dies_is_told_without_a_stack_dump(
 
 def test_an_option_that_torchrun_does_not_know(here: Path) -> None:
     code, _, err = finish(gradsmith("launch", "--nproc", "1", "tiny.yaml", "--", "--bogus"))
-    assert code == 2
+    assert code == 2, err
     assert "torchrun does not understand the options after --" in err

@@ -10,7 +10,7 @@ import contextlib
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand
@@ -179,7 +179,7 @@ def export(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     form: Annotated[
-        str | None,
+        Literal["model", "adapter", "merged"] | None,
         typer.Option(
             help="model: a Hugging Face folder. adapter: a peft folder. merged: the adapter "
             "folded into its base. By default what the run trained: model or adapter.",
@@ -188,12 +188,9 @@ def export(
     ] = None,
 ) -> None:
     """Write a trained run as a folder that other programs load, and check that it is the same."""
-    from .errors import UserError
     from .models.export import export
     from .run import Run
 
-    if form not in (None, "model", "adapter", "merged"):
-        raise UserError(f"--form: found {form}; allowed are model, adapter, merged")
     folder, difference = export(Run.open(run), out, form=form)
     print(f"{folder}: read back, its logits differ from the run's by {difference:.1e} (relative)")
 
