@@ -81,6 +81,10 @@ class Op:
             return f"{self.name} has no {backend} implementation"
         return missing(backend)
 
+    def fits(self, backend: str, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether `backend` runs this op here, for tensors of `dtype` on `device`."""
+        return not (self.missing(backend) or self._unfit(backend, device.type, dtype))
+
     def choose(self, backend: str | None, device: torch.device, dtype: torch.dtype) -> ModuleType:
         """The module that runs this op for tensors of `dtype` on `device`; decided once."""
         key = (backend, device.type, dtype)
@@ -121,6 +125,8 @@ class Op:
         if dtype not in self.implementations[backend].dtypes:
             names = ", ".join(str(d) for d in self.implementations[backend].dtypes)
             return f"it takes {names}, not {dtype}"
+        if backend == "triton" and interpreting() and dtype == torch.bfloat16:
+            return "Triton's interpreter is silently wrong on bfloat16 (it truncates)"
         if backend == "cpu" and device != "cpu":
             return f"the tensors are on {device}, not on the CPU"
         if backend == "triton" and device == "cpu" and not interpreting():

@@ -1,10 +1,153 @@
-from dataclasses import dataclass
+"""What an op says about itself, and the list of all ops that do.
+
+`<op>/spec.py` holds one `SPEC`, an instance of a subclass of `Spec`. The parity and opcheck tests,
+the benchmarks, the compile checks and the certificate all iterate over `all_specs()`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradsmith_kernels.backends import Op, op_names
+
+Inputs = dict[str, Any]  # tensors, lists of tensors, numbers, None
+Outputs = dict[str, Tensor]  # outputs and gradients by name
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One set of inputs that an op must get right.
+
+    label: what is special about it.
+    dtype: decides which backends take it.
+    make: the inputs, on a device; the same values at every call.
+    """
+
+    label: str
+    dtype: torch.dtype
+    make: Callable[[torch.device], Inputs]
+
+
 @dataclass(frozen=True)
 class CompileCase:
+    """One Triton kernel as a user's call would specialise it, for `compile_checks`.
+
+    name: its name in budgets.json.
+    kernel: the @triton.jit function.
+    types: argument name -> Triton type ("*bf16", "i32", ...); may name more than the kernel has.
+    constants: the constexpr arguments.
+    aligned: names of arguments that are multiples of 16; may name more than the kernel has.
+    num_warps: as in the launch.
+    """
+
     name: str
     kernel: Any
-    types: dict
-    constants: dict
-    aligned: tuple
+    types: Mapping[str, str]
+    constants: Mapping[str, Any]
+    aligned: tuple[str, ...]
     num_warps: int
+
+
+@dataclass(frozen=True)
+class BenchCase:
+    """One thing to time, and what to time it against. Used as
+
+        inputs = case.make(device)
+        case.check(device)                      # raises AssertionError: then no speed is reported
+        time(lambda: case.ours(inputs, None))   # backend None: the one for the device
+        time(lambda: case.peers["torch"](inputs))
+
+    label: op, pass, shape and dtype.
+    make: the inputs, on a device. `ours` and the peers may write to them, so make them for each.
+    ours: (inputs, backend) -> anything.
+    peers: name -> (inputs) -> anything: what a user would run without gradsmith.
+    bytes: memory traffic of one call, each tensor read or written once.
+    flops: floating-point operations of one call.
+    check: the parity of `ours` on smaller inputs of the same kind.
+    """
+
+    label: str
+    make: Callable[[torch.device], Inputs]
+    ours: Callable[[Inputs, str | None], Any]
+    peers: Mapping[str, Callable[[Inputs], Any]]
+    bytes: int
+    flops: int
+    check: Callable[[torch.device], None]
+
+
+@dataclass(frozen=True)
+class OpCheck:
+    """Arguments for torch.library.opcheck: an operator, its arguments, and whether it has autograd."""
+
+    overload: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+class Spec(ABC):
+    """An op's description of itself. `op.name` is also its folder's name."""
+
+    op: Op
+
+    @abstractmethod
+    def samples(self) -> list[Sample]:
+        """Inputs of every kind: dtypes, odd shapes, strides, empty ones."""
+
+    @abstractmethod
+    def run(self, inputs: Inputs, backend: str | None) -> Outputs:
+        """Every output and gradient by our op. Leaves the inputs as they are."""
+
+    @abstractmethod
+    def naive(self, inputs: Inputs) -> Outputs:
+        """The same by plain PyTorch, as one writes it without gradsmith, in the inputs' dtypes."""
+
+    def exact(self, inputs: Inputs) -> Outputs:
+        """The same in float64: the truth that errors are measured against."""
+        return self.naive(in_float64(inputs))
+
+    @abstractmethod
+    def opchecks(self, device: torch.device) -> list[OpCheck]:
+        """Calls for torch.library.opcheck."""
+
+    @abstractmethod
+    def compile_cases(self) -> list[CompileCase]:
+        """The Triton kernels, as the launchers specialise them."""
+
+    @abstractmethod
+    def bench_cases(self) -> list[BenchCase]:
+        """What the benchmarks time."""
+
+
+def in_float64(inputs: Inputs) -> Inputs:
+    """The inputs with every floating tensor in float64."""
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, list):
+            return [convert(item) for item in value]
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value.detach().double()
+        return value
+
+    return {name: convert(value) for name, value in inputs.items()}
+
+
+def all_specs() -> list[Spec]:
+    """The spec of every op folder, by name. An op without one is an error."""
+    specs = []
+    for name in op_names():
+        module = f"gradsmith_kernels.{name}.spec"
+        try:
+            spec = importlib.import_module(module).SPEC
+        except ModuleNotFoundError as error:
+            if error.name != module:
+                raise
+            raise RuntimeError(f"the op {name} has no spec.py: see docs/adding-an-op.md") from None
+        specs.append(spec)
+    return specs

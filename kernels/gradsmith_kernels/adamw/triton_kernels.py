@@ -152,6 +152,7 @@ def step(
             CHUNK=CHUNK,
             BLOCK=BLOCK,
             num_warps=NUM_WARPS,
+            enable_fp_fusion=True,
         )
     for original, copy in copies:
         original.copy_(copy)

@@ -26,7 +26,17 @@ def load(pointers, mask):
 
 
 @triton.jit
-def load_h(x_ptr, residual_ptr, h_ptr, x_offset, residual_offset, h_offset, mask, ADD: tl.constexpr):
+def sum_rows(tile, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """The sum over a tile's rows, as a row; in two levels, so that no long chain of sums rounds."""
+    if ROWS > 4:
+        tile = tl.sum(tl.reshape(tile, [4, ROWS // 4, BLOCK]), 0)
+    return tl.sum(tile, 0, keep_dims=True)
+
+
+@triton.jit
+def load_h(
+    x_ptr, residual_ptr, h_ptr, x_offset, residual_offset, h_offset, mask, ADD: tl.constexpr
+):
     """What is normalised: x, or the sum of x and the residual, which is stored as well."""
     h = load(x_ptr + x_offset, mask)
     if ADD:
@@ -161,12 +171,12 @@ def backward_kernel(
                 if NEED_DWEIGHT:
                     # The sum does not fit into registers; it lives in this program's own row.
                     so_far = tl.load(partial_row + at, (at < cols) & (step > 0), 0.0)
-                    total = so_far + tl.sum(dy * rstd * h, 0, keep_dims=True)
+                    total = so_far + sum_rows(dy * rstd * h, ROWS, BLOCK)
                     tl.store(partial_row + at, total, at < cols)
             tl.debug_barrier()  # those sums are read back by other threads than stored them
 
     if NEED_DWEIGHT and ONE_BLOCK:
-        tl.store(partial_row + column, tl.sum(dweight, 0, keep_dims=True), column < cols)
+        tl.store(partial_row + column, sum_rows(dweight, ROWS, BLOCK), column < cols)
 
 
 @triton.jit
@@ -180,7 +190,7 @@ def dweight_kernel(
         row = start + tl.arange(0, ROWS)[:, None]
         mask = (row < programs) & (column < cols)
         total += tl.load(partial_ptr + row.to(tl.int64) * cols + column, mask, 0.0)
-    dweight = tl.sum(total, 0, keep_dims=True).to(dweight_ptr.dtype.element_ty)
+    dweight = sum_rows(total, ROWS, BLOCK).to(dweight_ptr.dtype.element_ty)
     tl.store(dweight_ptr + column, dweight, column < cols)
 
 
@@ -221,6 +231,7 @@ def forward(
         ROWS=tile_rows,
         BLOCK=block,
         num_warps=num_warps,
+        enable_fp_fusion=True,
     )
     return y, h, rstd
 
@@ -262,10 +273,11 @@ def backward(
         ROWS=tile_rows,
         BLOCK=block,
         num_warps=num_warps,
+        enable_fp_fusion=True,
     )
     if need_dweight:
         dweight_kernel[(triton.cdiv(cols, 64),)](
-            partial, dweight, programs, cols, ROWS=32, BLOCK=64, num_warps=4
+            partial, dweight, programs, cols, ROWS=32, BLOCK=64, num_warps=4, enable_fp_fusion=True
         )
     return dx, dweight
 

@@ -1,0 +1,153 @@
+"""How an op's numbers are judged: one rule and one tolerance table for tests, certificate, benches.
+
+The error of a result is ||result - exact|| / ||exact||, with `exact` computed in float64. It must be
+at most RATIO times the error of the naive PyTorch computation in the same dtypes. (Kernels that run
+in Triton's interpreter, which shows that they are right but not how they round, have
+RATIO_INTERPRETED.) Two things are added for what a ratio cannot judge:
+
+- two unlucky roundings say little about two algorithms: the ratio of two errors, each made of n
+  independent roundings, scatters by about 1/sqrt(n), so 3/sqrt(n) is allowed on top for tensors of
+  fewer than SMALL elements;
+- results that naive code gets exactly: an error below FLOOR unit roundoffs (less than rounding a
+  single time costs; one whole unit below TINY elements) always passes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradsmith_kernels.backends import interpreting
+from gradsmith_kernels.spec import Inputs, Sample, Spec
+
+RATIO = 1.1
+RATIO_INTERPRETED = 1.5  # Triton's interpreter has no fused multiply-add, which GPUs and torch have
+SMALL = 4096
+TINY = 64
+FLOOR = 0.25
+UNIT_ROUNDOFF = {
+    torch.float64: 2.0**-53,
+    torch.float32: 2.0**-24,
+    torch.float16: 2.0**-11,
+    torch.bfloat16: 2.0**-8,
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One output or gradient of one sample on one backend."""
+
+    sample: str
+    backend: str
+    output: str
+    dtype: torch.dtype
+    error: float
+    naive_error: float
+    bound: float
+    repeats: bool  # a second run gave the same bits
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.bound and self.repeats
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"{self.output} ({dtype}) of '{self.sample}' on {self.backend}: error {self.error:.2e}, "
+            f"naive {self.naive_error:.2e}, bound {self.bound:.2e}, "
+            f"{'the same bits again' if self.repeats else 'OTHER BITS WHEN REPEATED'}"
+        )
+
+
+def relative_error(result: Tensor, exact: Tensor) -> float:
+    """||result - exact|| / ||exact||; infinite where either is not finite and they differ."""
+    if exact.numel() == 0:
+        return 0.0
+    difference = (result.double() - exact.double()).norm().item()
+    if not math.isfinite(difference):
+        return math.inf
+    scale = exact.double().norm().item()
+    return difference / scale if scale else difference
+
+
+def error_bound(naive_error: float, dtype: torch.dtype, numel: int, backend: str) -> float:
+    """The largest error that passes; see the module's docstring."""
+    ratio = RATIO_INTERPRETED if backend == "triton" and interpreting() else RATIO
+    scatter = 3 / math.sqrt(numel) if 0 < numel < SMALL else 0.0
+    floor = UNIT_ROUNDOFF[dtype] * (1.0 if numel < TINY else FLOOR)
+    return max((ratio + scatter) * naive_error, floor)
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fills every new uninitialised tensor with NaN, so that reading one before writing shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The tensor's bytes, in which NaN equals NaN and 0 differs from -0."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def parity(spec: Spec, sample: Sample, backend: str, device: torch.device) -> list[Verdict]:
+    """Judges every output and gradient of one sample on one backend."""
+    inputs: Inputs = sample.make(device)
+    with poisoned_memory():
+        first = spec.run(inputs, backend)
+        again = spec.run(inputs, backend)
+    naive, exact = spec.naive(inputs), spec.exact(inputs)
+    assert first.keys() == naive.keys() == exact.keys()
+    verdicts = []
+    for name, result in first.items():
+        assert result.shape == naive[name].shape == exact[name].shape, name
+        naive_error = relative_error(naive[name], exact[name])
+        verdicts.append(
+            Verdict(
+                sample.label,
+                backend,
+                name,
+                result.dtype,
+                relative_error(result, exact[name]),
+                naive_error,
+                error_bound(naive_error, result.dtype, result.numel(), backend),
+                torch.equal(bits(result), bits(again[name])),
+            )
+        )
+    return verdicts
+
+
+def check_parity(spec: Spec, sample: Sample, backend: str, device: torch.device) -> None:
+    """Raises AssertionError with every verdict that failed."""
+    failed = [verdict for verdict in parity(spec, sample, backend, device) if not verdict.passed]
+    assert not failed, f"{spec.op.name}:\n" + "\n".join(str(verdict) for verdict in failed)
+
+
+def device_of(backend: str) -> torch.device:
+    """Where a backend's tensors are on this machine."""
+    gpu = torch.cuda.is_available() and backend in ("triton", "cuda")
+    return torch.device("cuda" if gpu else "cpu")
+
+
+def backends_of(spec: Spec, sample: Sample) -> list[str]:
+    """The backends that this machine has and that take the sample's dtypes."""
+    inputs = sample.make(torch.device("cpu")).values()
+    dtypes = {value.dtype for value in inputs if isinstance(value, Tensor)} | {sample.dtype}
+    return [
+        backend
+        for backend in spec.op.implementations
+        if all(spec.op.fits(backend, device_of(backend), dtype) for dtype in dtypes)
+    ]
