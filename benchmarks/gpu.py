@@ -1,7 +1,7 @@
 """The benchmarks on a GPU: `python -m benchmarks.gpu`, the last step of `make gpu`.
 
-Needs torch, triton, numpy and what builds the extension, nothing else. `--check` only says whether
-this machine can run it: exit code 2 with the reason if not.
+Needs torch, triton, numpy, pytest and what builds the extension, nothing else. `--check` only says
+whether this machine can run it: exit code 2 with the reason if not.
 """
 
 from __future__ import annotations
