@@ -145,6 +145,7 @@ def test_under_torchrun_the_message_goes_to_the_launcher(
     assert capfd.readouterr().err == ""
     told = json.loads((tmp_path / "error.json").read_text())
     assert told["message"] == f"{tmp_path / 'no.yaml'}: no such recipe file."
+    assert told["exit_code"] == 2
     assert told["timestamp"] > 0
 
 

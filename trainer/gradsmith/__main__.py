@@ -72,8 +72,8 @@ def _fail(message: str, code: int) -> int:
     message goes to torchrun, which hands on the first one (see `gradsmith.launch`)."""
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if error_file:
-        text = json.dumps({"message": message, "timestamp": time.time()})
-        Path(error_file).write_text(text, encoding="utf-8")
+        told = {"message": message, "timestamp": time.time(), "exit_code": code}
+        Path(error_file).write_text(json.dumps(told), encoding="utf-8")
     else:
         print(f"error: {message}", file=sys.stderr)
     return code

@@ -182,15 +182,16 @@ def _explain_failure(error: Any) -> NoReturn:
     told, silent = [], []
     for rank, failure in sorted(error.failures.items()):
         data = failure.error_file_data
-        if "timestamp" in data:  # written by gradsmith.__main__
-            told.append((data["timestamp"], failure))
+        if "exit_code" in data:  # written by gradsmith.__main__
+            told.append(data)
         elif failure.exitcode != -signal.SIGTERM:  # by which torchrun ends the others
             silent.append((rank, failure))
     if told:
         # Ranks that fail together fail for one reason, and the lowest of them knows it best.
-        first = min(time for time, _ in told)
-        failure = next(failure for time, failure in told if time < first + 1)
-        raise (UserError if failure.exitcode == 2 else RunError)(failure.message)
+        first = min(data["timestamp"] for data in told)
+        data = next(data for data in told if data["timestamp"] < first + 1)
+        # Not the process's own exit code: torchrun may have ended it while it was ending itself.
+        raise (UserError if data["exit_code"] == 2 else RunError)(data["message"])
     rank, failure = silent[0] if silent else error.get_first_failure()
     if failure.exitcode > 0:
         raise RunError(f"rank {rank} ended with exit code {failure.exitcode}")
