@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -149,6 +150,18 @@ def availability() -> dict[str, dict[str, str | None]]:
         op: Op = importlib.import_module(f"gradsmith_kernels.{name}.op").OP
         table[name] = {backend: op.missing(backend) for backend in BACKENDS}
     return table
+
+
+def native() -> dict[str, Any] | None:
+    """The native module's `isa` in use, its `isa_levels` here, its `threading`; None if not built."""
+    if missing("cpu"):
+        return None
+    module = importlib.import_module("gradsmith_kernels._native")
+    return {
+        "isa": module.isa(),
+        "isa_levels": module.isa_levels(),
+        "threading": module.parallel_runtime(),
+    }
 
 
 def chosen(name: str, device: str, dtype: torch.dtype = torch.float32) -> str:

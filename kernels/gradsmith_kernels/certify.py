@@ -93,6 +93,7 @@ def certify(ops: list[str]) -> dict[str, Any]:
     certificate["parity"] = [row for op in ops for row in parity_rows(op, BACKENDS)]
     if interpreted:
         certificate["parity"] += [row for op in ops for row in interpreted_rows(op)]
+    certificate["parity"].sort(key=lambda row: row["op"])  # stable: backends stay in order
     certificate["compiled"], certificate["over_budget"] = {}, []
     if has_triton:
         certificate["compiled"] = compile_checks.measure_all(specs)
@@ -117,11 +118,9 @@ def machine() -> dict[str, Any]:
     facts: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__}
     if _importable("triton"):
         facts["triton"] = sys.modules["triton"].__version__
-    if backends.missing("cpu") is None:
-        from gradsmith_kernels import _native
-
-        facts["cpu instruction set"] = _native.isa()
-        facts["threads"] = f"{torch.get_num_threads()} ({_native.parallel_runtime()})"
+    if native := backends.native():
+        facts["cpu instruction set"] = native["isa"]
+        facts["threads"] = f"{torch.get_num_threads()} ({native['threading']})"
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
     return facts

@@ -146,7 +146,7 @@ def all_specs() -> list[Spec]:
         try:
             spec = importlib.import_module(module).SPEC
         except ModuleNotFoundError as error:
-            if error.name != module:
+            if error.name is None or not module.startswith(error.name):
                 raise
             raise RuntimeError(f"the op {name} has no spec.py: see docs/adding-an-op.md") from None
         specs.append(spec)

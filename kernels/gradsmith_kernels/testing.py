@@ -1,13 +1,15 @@
 """How an op's numbers are judged: one rule and one tolerance table for tests, certificate, benches.
 
 The error of a result is ||result - exact|| / ||exact||, with `exact` computed in float64. It must be
-at most RATIO times the error of the naive PyTorch computation in the same dtypes. (Kernels that run
-in Triton's interpreter, which shows that they are right but not how they round, have
-RATIO_INTERPRETED.) Two things are added for what a ratio cannot judge:
+at most RATIO times the error of the naive PyTorch computation in the same dtypes; or
+RATIO_WITHOUT_FMA times where our kernel has no fused multiply-add and torch's has (the interpreter
+of Triton, which shows that a kernel is right but not how it rounds on a GPU, and the portable C++ on
+x86). Two things are added for what a ratio cannot judge:
 
-- two unlucky roundings say little about two algorithms: the ratio of two errors, each made of n
-  independent roundings, scatters by about 1/sqrt(n), so 3/sqrt(n) is allowed on top for tensors of
-  fewer than SMALL elements;
+- two unlucky roundings say little about two algorithms. Below SMALL elements, 3/sqrt(n) is added to
+  the ratio, because the ratio of two errors, each made of n independent roundings, scatters by about
+  1/sqrt(n); and one unit roundoff of the arithmetic to the bound, because a scalar that scales a
+  whole row is rounded once and does not average out over few rows;
 - results that naive code gets exactly: an error below FLOOR unit roundoffs (less than rounding a
   single time costs; one whole unit below TINY elements) always passes.
 """
@@ -22,11 +24,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradsmith_kernels.backends import interpreting
+from gradsmith_kernels.backends import interpreting, native
 from gradsmith_kernels.spec import Inputs, Sample, Spec
 
 RATIO = 1.1
-RATIO_INTERPRETED = 1.5  # Triton's interpreter has no fused multiply-add, which GPUs and torch have
+RATIO_WITHOUT_FMA = 1.5
 SMALL = 4096
 TINY = 64
 FLOOR = 0.25
@@ -77,10 +79,19 @@ def relative_error(result: Tensor, exact: Tensor) -> float:
 
 def error_bound(naive_error: float, dtype: torch.dtype, numel: int, backend: str) -> float:
     """The largest error that passes; see the module's docstring."""
-    ratio = RATIO_INTERPRETED if backend == "triton" and interpreting() else RATIO
-    scatter = 3 / math.sqrt(numel) if 0 < numel < SMALL else 0.0
+    ratio = RATIO if _has_fma(backend) else RATIO_WITHOUT_FMA
+    small = 0 < numel < SMALL
+    scatter = 3 / math.sqrt(numel) if small else 0.0
+    scalar = UNIT_ROUNDOFF[torch.promote_types(dtype, torch.float32)] if small else 0.0
     floor = UNIT_ROUNDOFF[dtype] * (1.0 if numel < TINY else FLOOR)
-    return max((ratio + scatter) * naive_error, floor)
+    return max((ratio + scatter) * naive_error + scalar, floor)
+
+
+def _has_fma(backend: str) -> bool:
+    if backend == "cpu":
+        found = native()
+        return found is not None and found["isa"] != "portable"
+    return not (backend == "triton" and interpreting())
 
 
 @contextlib.contextmanager

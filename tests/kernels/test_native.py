@@ -1,0 +1,56 @@
+"""The native module: instruction sets, rounding, threads."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from gradsmith_kernels import _native, rms_norm, testing
+from gradsmith_kernels.spec import all_specs
+
+
+@pytest.fixture(params=_native.isa_levels())
+def isa(request):
+    before = _native.isa()
+    _native.set_isa(request.param)
+    yield request.param
+    _native.set_isa(before)
+
+
+@pytest.mark.parametrize("spec", all_specs(), ids=lambda spec: spec.op.name)
+def test_parity_on_every_instruction_set(spec, isa):
+    checked = 0
+    for sample in spec.samples():
+        if "cpu" in testing.backends_of(spec, sample) and "100 steps" not in sample.label:
+            testing.check_parity(spec, sample, "cpu", torch.device("cpu"))
+            checked += 1
+    assert checked
+
+
+def test_an_unknown_instruction_set_is_refused():
+    with pytest.raises(ValueError, match="no instruction set level 'mmx'"):
+        _native.set_isa("mmx")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_is_to_nearest_even_and_keeps_nan_infinities_and_subnormals(dtype, isa):
+    """h = x + residual is one float32 sum, rounded: the same bits as torch's, for all kinds of x."""
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    order = torch.tensor(random.Random(0).sample(range(2**16), 2**16))
+    for residual in (every[order], every.flip(0), torch.zeros_like(every)):
+        x, residual = every.reshape(-1, 64), residual.reshape(-1, 64)
+        _, h = rms_norm(x, torch.ones(64), residual=residual)
+        expected = x + residual
+        same = h.view(torch.int16) == expected.view(torch.int16)
+        assert (same | (h.isnan() & expected.isnan())).all()
+
+
+def test_the_threads_are_torchs():
+    assert _native.parallel_runtime() == "shared OpenMP"
+    rms_norm(torch.randn(4096, 512), torch.ones(512))
+    maps = Path("/proc/self/maps").read_text()
+    runtimes = {line.split()[-1] for line in maps.splitlines() if "omp" in line and ".so" in line}
+    library = Path(_native.__file__).read_bytes()
+    assert b"libgomp" not in library
+    assert any("torch" in path for path in runtimes)
