@@ -97,16 +97,7 @@ def _version_line(program: str) -> str | None:
 def _kernels() -> dict[str, Any]:
     from gradsmith_kernels import backends
 
-    native = None
-    if backends.missing("cpu") is None:
-        from gradsmith_kernels import _native
-
-        native = {
-            "isa": _native.isa(),
-            "isa_levels": list(_native.isa_levels()),
-            "threading": _native.parallel_runtime(),
-        }
-    return {"native": native, "ops": backends.availability()}
+    return {"native": backends.native(), "ops": backends.availability()}
 
 
 def _missing(found: dict[str, Any]) -> list[dict[str, str]]:
