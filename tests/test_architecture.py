@@ -92,5 +92,5 @@ def test_an_op_folder_without_a_spec_is_an_error(monkeypatch):
     from gradsmith_kernels import spec
 
     monkeypatch.setattr(spec, "op_names", lambda: [*op_names(), "nameless"])
-    with pytest.raises(RuntimeError, match="nameless has no spec.py"):
+    with pytest.raises(RuntimeError, match=r"nameless has no spec\.py"):
         spec.all_specs()

@@ -153,7 +153,7 @@ def availability() -> dict[str, dict[str, str | None]]:
 
 
 def native() -> dict[str, Any] | None:
-    """The native module's `isa` in use, its `isa_levels` here, its `threading`; None if not built."""
+    """The native module's isa, isa_levels of this machine, threading; None if not built."""
     if missing("cpu"):
         return None
     module = importlib.import_module("gradsmith_kernels._native")
@@ -165,6 +165,6 @@ def native() -> dict[str, Any] | None:
 
 
 def chosen(name: str, device: str, dtype: torch.dtype = torch.float32) -> str:
-    """The backend that op `name` takes for tensors of `dtype` on `device` when none is asked for."""
+    """The backend that op `name` takes on `device` for `dtype` when none is asked for."""
     op: Op = importlib.import_module(f"gradsmith_kernels.{name}.op").OP
     return op.resolve(None, device, dtype)

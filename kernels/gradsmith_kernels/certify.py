@@ -5,8 +5,8 @@
 For every op, on every backend that is there, per dtype and output or gradient: the error against
 float64 beside the error of the naive PyTorch computation in the same dtype and the bound that
 follows from it (`gradsmith_kernels.testing`), whether a second run gave the same bits, and the
-resources of each Triton kernel on each chip it was compiled for. Without a GPU, Triton's kernels run
-in its interpreter, in float32 and float16.
+resources of each Triton kernel on each chip it was compiled for. Without a GPU, Triton's kernels
+run in its interpreter, in float32 and float16.
 
 Exit code 0: everything within its bound; 1: something is not; 2: unknown op or option.
 """

@@ -20,6 +20,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,10 +71,10 @@ def relative_error(result: Tensor, exact: Tensor) -> float:
     """||result - exact|| / ||exact||; infinite where either is not finite and they differ."""
     if exact.numel() == 0:
         return 0.0
-    difference = (result.double() - exact.double()).norm().item()
+    difference: float = (result.double() - exact.double()).norm().item()
     if not math.isfinite(difference):
         return math.inf
-    scale = exact.double().norm().item()
+    scale: float = exact.double().norm().item()
     return difference / scale if scale else difference
 
 
@@ -99,14 +100,15 @@ def poisoned_memory() -> Iterator[None]:
     """Fills every new uninitialised tensor with NaN, so that reading one before writing shows."""
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    deterministic: Any = torch.utils.deterministic
+    fill = deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    deterministic.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        deterministic.fill_uninitialized_memory = fill
 
 
 def bits(tensor: Tensor) -> Tensor:

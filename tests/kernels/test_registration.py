@@ -1,4 +1,4 @@
-"""torch.library: opcheck, torch.compile, fake tensors, checkpointing; driven by the specs or not."""
+"""torch.library: opcheck, driven by the specs; torch.compile, fake tensors, checkpointing."""
 
 import pytest
 import torch

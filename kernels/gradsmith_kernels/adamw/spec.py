@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -29,7 +30,7 @@ SHAPES = [(), (1,), (3, 5), (0, 4), (5003,), (64, 96), (17000,), (2, 3, 40)]
 
 
 def make_inputs(
-    shapes: list[tuple[int, ...]],
+    shapes: Sequence[tuple[int, ...]],
     dtype: torch.dtype,
     grad_dtype: torch.dtype,
     steps: int,
@@ -170,7 +171,9 @@ class AdamWSpec(Spec):
         return triton_kernels.compile_cases()
 
     def bench_cases(self) -> list[BenchCase]:
-        def make(shapes: list[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> Inputs:
+        def make(
+            shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device
+        ) -> Inputs:
             params = [
                 torch.randn(shape, device=device).to(dtype).requires_grad_() for shape in shapes
             ]
@@ -186,15 +189,16 @@ class AdamWSpec(Spec):
             inputs["optimizers"][kind].step()
 
         cases = []
-        for label, shapes in (
+        layouts: list[tuple[str, Sequence[tuple[int, ...]]]] = [
             ("one tensor of 16M", [(16 * 2**20,)]),
             ("2000 tensors of 4096", [(4096,)] * 2000),
-        ):
+        ]
+        for label, shapes in layouts:
             for dtype in (torch.float32, torch.bfloat16):
                 elements = sum(math.prod(shape) for shape in shapes)
                 short = str(dtype).removeprefix("torch.")
-                # torch keeps moments in the parameters' dtype: with bfloat16 it does another, easier
-                # and less accurate thing, whose traffic is smaller.
+                # torch keeps moments in the parameters' dtype: with bfloat16 it does another, less
+                # accurate thing, with less traffic.
                 suffix = "" if dtype == torch.float32 else ", bf16 moments"
                 cases.append(
                     BenchCase(

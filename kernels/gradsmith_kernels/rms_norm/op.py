@@ -143,7 +143,7 @@ class _RmsNorm(torch.autograd.Function):
         return y, rstd
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
         need_dweight = ctx.needs_input_grad[1]
         dx, dweight = torch.ops.gradsmith.rms_norm_backward.default(
@@ -165,9 +165,7 @@ class _AddRmsNorm(torch.autograd.Function):
         return y, h, rstd
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, dy: Tensor, dh: Tensor, _: Tensor
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor, dh: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         h, weight, rstd = ctx.saved_tensors
         need_dweight = ctx.needs_input_grad[2]
         dx, dweight = torch.ops.gradsmith.rms_norm_backward.default(
@@ -184,21 +182,21 @@ class _RmsNormBackward(torch.autograd.Function):
         return dx, dweight
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> None:  # type: ignore[override]
+    def backward(ctx: Any, *_: Tensor) -> None:
         raise RuntimeError("rms_norm has no second derivative (create_graph=True)")
 
 
 def _rms_norm_autograd(
     x: Tensor, weight: Tensor, eps: float, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    y, rstd = _RmsNorm.apply(x, weight, eps, backend)
+    y, rstd = _RmsNorm.apply(x, weight, eps, backend)  # type: ignore[no-untyped-call]
     return y, rstd
 
 
 def _add_rms_norm_autograd(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, backend: str | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y, h, rstd = _AddRmsNorm.apply(x, residual, weight, eps, backend)
+    y, h, rstd = _AddRmsNorm.apply(x, residual, weight, eps, backend)  # type: ignore[no-untyped-call]
     return y, h, rstd
 
 
@@ -211,7 +209,7 @@ def _rms_norm_backward_autograd(
     need_dweight: bool,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    dx, dweight = _RmsNormBackward.apply(dy, dh, h, weight, rstd, need_dweight, backend)
+    dx, dweight = _RmsNormBackward.apply(dy, dh, h, weight, rstd, need_dweight, backend)  # type: ignore[no-untyped-call]
     return dx, dweight
 
 

@@ -128,6 +128,10 @@ def torch_rms_norm(x: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[
     return torch.nn.functional.rms_norm(h, weight.shape, weight, EPS), h
 
 
+Function = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+Timed = Callable[[Function, Inputs], None]
+
+
 class RmsNormSpec(Spec):
     op = OP
 
@@ -180,14 +184,15 @@ class RmsNormSpec(Spec):
         return triton_kernels.compile_cases()
 
     def bench_cases(self) -> list[BenchCase]:
-        def forward(function: Callable[..., tuple[Tensor, Tensor]], inputs: Inputs) -> None:
+        def forward(function: Function, inputs: Inputs) -> None:
             with torch.no_grad():
                 function(inputs["x"], inputs["weight"], inputs["residual"])
 
-        def forward_backward(
-            function: Callable[..., tuple[Tensor, Tensor]], inputs: Inputs
-        ) -> None:
+        def forward_backward(function: Function, inputs: Inputs) -> None:
             outputs_and_gradients(function, inputs)
+
+        def time_ours(timed: Timed, inputs: Inputs, backend: str | None) -> None:
+            timed(ours(backend), inputs)
 
         cases = []
         peers = {"torch": torch_rms_norm, "transformers eager": naive_rms_norm}
@@ -208,7 +213,7 @@ class RmsNormSpec(Spec):
                             partial(
                                 make_inputs, (rows, cols), dtype, dtype, residual, "contiguous"
                             ),
-                            lambda inputs, backend, timed=timed: timed(ours(backend), inputs),
+                            partial(time_ours, timed),
                             {peer: partial(timed, function) for peer, function in peers.items()},
                             moved * rows * cols * dtype.itemsize,
                             (4 if name == "forward" else 13) * rows * cols,

@@ -97,10 +97,7 @@ def forward_kernel(
         for start in range(0, cols, BLOCK):
             at = start + column
             mask = (row < rows) & (at < cols)
-            if ADD:
-                h = load(h_ptr + out_row + at, mask)
-            else:
-                h = load(x_ptr + x_row + at, mask)
+            h = load(h_ptr + out_row + at, mask) if ADD else load(x_ptr + x_row + at, mask)
             y = h * rstd * load(weight_ptr + at, at < cols)
             tl.store(y_ptr + out_row + at, y.to(dtype), mask)
 
