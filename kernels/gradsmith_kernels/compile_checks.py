@@ -1,12 +1,12 @@
 """Compiles every Triton kernel for the chips that users have, without a GPU, and reads the result.
 
     python -m gradsmith_kernels.compile_checks            # compare with the committed budgets
-    python -m gradsmith_kernels.compile_checks --write    # after a change that is meant: new budgets
+    python -m gradsmith_kernels.compile_checks --write    # new budgets, after a meant change
 
 The resources of each kernel on each chip are read from the machine code, with the tools that are in
-triton's wheel, and compared with `<op>/budgets.json`. More registers, stack, spills or shared memory
-than the budget, or fewer 128-bit loads or tensor-core instructions, fail, and the message says what
-moved. Budgets belong to one version of Triton; with another one only spills fail.
+triton's wheel, and compared with `<op>/budgets.json`. More registers, stack, spills or shared
+memory than the budget, or fewer 128-bit loads or tensor-core instructions, fail, and the message
+says what moved. Budgets belong to one version of Triton; with another one only spills fail.
 """
 
 from __future__ import annotations
@@ -211,9 +211,8 @@ def main(arguments: list[str]) -> int:
         messages = check(spec, chips)
         failed |= bool(messages)
         kernels = len(next(iter(chips.values())))
-        print(
-            f"{op}: {kernels} kernels on {', '.join(chips)}: {'OVER' if messages else 'within'} budget"
-        )
+        state = "OVER" if messages else "within"
+        print(f"{op}: {kernels} kernels on {', '.join(chips)}: {state} budget")
         for message in messages:
             print(f"  {message}")
     if failed:

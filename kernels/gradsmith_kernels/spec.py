@@ -84,7 +84,7 @@ class BenchCase:
 
 @dataclass(frozen=True)
 class OpCheck:
-    """Arguments for torch.library.opcheck: an operator, its arguments, and whether it has autograd."""
+    """One call of torch.library.opcheck: an operator and its arguments."""
 
     overload: Any
     args: tuple[Any, ...]

@@ -1,14 +1,14 @@
 """How an op's numbers are judged: one rule and one tolerance table for tests, certificate, benches.
 
-The error of a result is ||result - exact|| / ||exact||, with `exact` computed in float64. It must be
-at most RATIO times the error of the naive PyTorch computation in the same dtypes; or
+The error of a result is ||result - exact|| / ||exact||, with `exact` computed in float64. It must
+be at most RATIO times the error of the naive PyTorch computation in the same dtypes; or
 RATIO_WITHOUT_FMA times where our kernel has no fused multiply-add and torch's has (the interpreter
-of Triton, which shows that a kernel is right but not how it rounds on a GPU, and the portable C++ on
-x86). Two things are added for what a ratio cannot judge:
+of Triton, which shows that a kernel is right but not how it rounds on a GPU, and the portable C++
+on x86). Two things are added for what a ratio cannot judge:
 
-- two unlucky roundings say little about two algorithms. Below SMALL elements, 3/sqrt(n) is added to
-  the ratio, because the ratio of two errors, each made of n independent roundings, scatters by about
-  1/sqrt(n); and one unit roundoff of the arithmetic to the bound, because a scalar that scales a
+- two unlucky roundings say little about two algorithms. Below SMALL elements, 3/sqrt(n) is added
+  to the ratio, because the ratio of two errors, each made of n independent roundings, scatters by
+  about 1/sqrt(n); and one unit roundoff of the arithmetic to the bound, because a scalar that scales a
   whole row is rounded once and does not average out over few rows;
 - results that naive code gets exactly: an error below FLOOR unit roundoffs (less than rounding a
   single time costs; one whole unit below TINY elements) always passes.
@@ -61,8 +61,8 @@ class Verdict:
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         return (
-            f"{self.output} ({dtype}) of '{self.sample}' on {self.backend}: error {self.error:.2e}, "
-            f"naive {self.naive_error:.2e}, bound {self.bound:.2e}, "
+            f"{self.output} ({dtype}) of '{self.sample}' on {self.backend}: "
+            f"error {self.error:.2e}, naive {self.naive_error:.2e}, bound {self.bound:.2e}, "
             f"{'the same bits again' if self.repeats else 'OTHER BITS WHEN REPEATED'}"
         )
 

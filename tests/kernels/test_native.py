@@ -35,7 +35,7 @@ def test_an_unknown_instruction_set_is_refused():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounding_is_to_nearest_even_and_keeps_nan_infinities_and_subnormals(dtype, isa):
-    """h = x + residual is one float32 sum, rounded: the same bits as torch's, for all kinds of x."""
+    """h = x + residual is one float32 sum, rounded: torch's bits, for every value of x."""
     every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
     order = torch.tensor(random.Random(0).sample(range(2**16), 2**16))
     for residual in (every[order], every.flip(0), torch.zeros_like(every)):

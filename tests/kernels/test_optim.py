@@ -181,7 +181,7 @@ def test_bad_gradients_and_parameters():
     embedding = torch.nn.Embedding(10, 3, sparse=True)
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(
-        TypeError, match="gradient of shape .* is torch.sparse_coo; it must be dense"
+        TypeError, match=r"gradient of shape .* is torch\.sparse_coo; it must be dense"
     ):
         AdamW(embedding.parameters()).step()
     for dtype, message in (

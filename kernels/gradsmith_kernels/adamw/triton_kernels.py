@@ -1,8 +1,8 @@
 """AdamW in Triton: one launch over many tensors, whose addresses the kernel reads from a table.
 
 A launch per tensor would cost more than the work of a small tensor, so every program takes one
-chunk of one tensor. Tensors that differ in dtype or alignment go into launches of their own, because
-both are fixed when a kernel is compiled.
+chunk of one tensor. Tensors that differ in dtype or alignment go into launches of their own: both
+are fixed when a kernel is compiled.
 """
 
 from __future__ import annotations
