@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
 import sys
 import sysconfig
@@ -37,21 +38,32 @@ def isa_flags(source: str) -> list[str]:
     return ISA_FLAGS.get(suffix, [])
 
 
+def find_compiler() -> list[str]:
+    """$CXX; else the compiler that built Python, if it is here, or another one; [] if none is."""
+    chosen = os.environ.get("CXX")
+    built_python = sysconfig.get_config_var("CXX") or ""
+    for command in [chosen] if chosen else [built_python, "g++", "c++", "clang++"]:
+        words = shlex.split(command)
+        if words and shutil.which(words[0]):
+            return words
+    return []
+
+
 class BuildNative(build_ext):
     """Compiles each file with its own flags, as many at a time as there are cores."""
 
     def build_extension(self, ext: Extension) -> None:
-        compiler = (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "g++").split()[0]
+        command = find_compiler()
         header = Path(sysconfig.get_paths()["include"], "Python.h")
-        if shutil.which(compiler) is None or not header.exists():
-            missing = f"{header} was not found" if shutil.which(compiler) else f"no {compiler}"
+        if not command or not header.exists():
+            missing = f"{header} is not there" if command else "no compiler was found"
             sys.exit(
-                f"\ngradsmith's kernels need a C++17 compiler and Python's headers ({missing}).\n"
+                f"\ngradsmith's kernels need a C++17 compiler and Python's headers: {missing}.\n"
                 "On Debian or Ubuntu: apt install g++ python3-dev\n"
             )
-        if os.environ.get("CXX") is None:
-            # setuptools links with the compiler that built Python, which may be elsewhere.
-            self.compiler.set_executables(compiler_so_cxx=[compiler, "-fPIC"])
+        self.compiler.set_executables(
+            compiler_so_cxx=[*command, "-fPIC"], linker_so_cxx=[*command, "-shared", "-s"]
+        )
 
         def compile_one(source: str) -> list[str]:
             return self.compiler.compile(

@@ -8,8 +8,8 @@ on x86). Two things are added for what a ratio cannot judge:
 
 - two unlucky roundings say little about two algorithms. Below SMALL elements, 3/sqrt(n) is added
   to the ratio, because the ratio of two errors, each made of n independent roundings, scatters by
-  about 1/sqrt(n); and one unit roundoff of the arithmetic to the bound, because a scalar that scales a
-  whole row is rounded once and does not average out over few rows;
+  about 1/sqrt(n); and one unit roundoff of the arithmetic to the bound, because a scalar that
+  scales a whole row is rounded once and does not average out over few rows;
 - results that naive code gets exactly: an error below FLOOR unit roundoffs (less than rounding a
   single time costs; one whole unit below TINY elements) always passes.
 """
