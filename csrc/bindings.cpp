@@ -71,7 +71,8 @@ void adamw_step_binding(const std::vector<AdamWRow>& rows, double lr, double bet
                         double eps, double weight_decay, int threads) {
   std::vector<AdamWTensor> tensors;
   tensors.reserve(rows.size());
-  for (const auto& [param, grad, exp_avg, exp_avg_sq, numel, param_dtype, grad_dtype, count] : rows) {
+  for (const auto& [param, grad, exp_avg, exp_avg_sq, numel, param_dtype, grad_dtype, count] :
+       rows) {
     const double step = *pointer<float>(count) += 1;
     tensors.push_back({pointer(param), pointer(grad), pointer<float>(exp_avg),
                        pointer<float>(exp_avg_sq), numel, param_dtype, grad_dtype,

@@ -75,7 +75,7 @@ inline float half_to_float(uint16_t h) {
   uint32_t exponent = (h >> 10) & 0x1f, mantissa = h & 0x3ff, out;
   if (exponent == 0x1f) {
     out = sign | 0x7f800000 | (mantissa << 13);
-  } else if (exponent == 0) {  // zero or subnormal: the value is mantissa * 2^-24, exact in binary32
+  } else if (exponent == 0) {  // zero or subnormal: mantissa * 2^-24, exact in binary32
     float value = float(mantissa) * 0x1p-24f;
     memcpy(&out, &value, 4);
     out |= sign;
@@ -103,7 +103,7 @@ inline uint16_t float_to_half(float value) {
     memcpy(&u, &magnitude, 4);
     return uint16_t(sign | (u - 0x3f000000));
   }
-  u += 0xfff + ((u >> 13) & 1);  // may carry into the exponent, up to infinity: that is the rounding
+  u += 0xfff + ((u >> 13) & 1);  // may carry into the exponent, up to infinity, as it should
   return uint16_t(sign | ((u - 0x38000000) >> 13));
 }
 
@@ -179,9 +179,9 @@ struct F16 {
   }
 };
 
-// Loads and stores `count` elements; the other lanes read as zero and are not written. A row's tail so
-// goes through the very same arithmetic as its body, where `count` is a constant that folds away: but
-// only if all on the way is inlined, else every vector becomes a call of memcpy.
+// Loads and stores `count` elements; the other lanes read as zero and are not written. So a row's
+// tail goes through the very same arithmetic as its body, where `count` is a constant that folds
+// away: but only if all on the way is inlined, else every vector becomes a call of memcpy.
 #define ALWAYS_INLINE __attribute__((always_inline))
 
 template <class D>

@@ -1,4 +1,5 @@
-// RMSNorm over rows of x:  h = x (+ residual),  y = h * rstd * weight,  rstd = 1/sqrt(mean(h^2)+eps).
+// RMSNorm over rows of x, with h = x (+ residual):  y = h * rstd * weight,
+// rstd = 1 / sqrt(mean(h^2) + eps).
 #pragma once
 
 #include <stdint.h>
@@ -26,8 +27,8 @@ struct RmsNormBackward {
   int64_t dy_stride, dh_stride, h_stride, rows, cols;
 };
 
-// dweight is summed over blocks of rows, and then over the blocks, in an order that follows from the
-// shape alone: the same bits for any number of threads. At most 256 blocks keep the partial sums a
+// dweight is summed over blocks of rows, and then over the blocks, in an order that follows from
+// the shape alone: the same bits for any number of threads. At most 256 blocks keep the partial sums a
 // few per cent of the traffic; at least 32 rows in each, for the same reason.
 inline int64_t rms_norm_block_rows(int64_t rows) {
   const int64_t spread = (rows + 255) / 256;

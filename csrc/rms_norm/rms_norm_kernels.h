@@ -22,8 +22,8 @@ struct Forward {
     const auto square = [&](int64_t j, int64_t n, Vec into) ALWAYS_INLINE {
       Vec v = load<X>(x + j, n);
       if (kResidual) {
-        // h is rounded to x's dtype before it is normalised: what is normalised is then exactly what
-        // the next layer reads as its residual and what the backward pass sees.
+        // h is rounded to x's dtype before it is normalised: so what is normalised is what the next
+        // layer reads as its residual and what the backward pass sees.
         const typename X::Packed packed = X::narrow(v + load<X>(residual + j, n));
         memcpy(h + j, &packed, size_t(n) * sizeof(T));
         v = X::widen(packed);
