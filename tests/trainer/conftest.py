@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import yaml
 
+from gradsmith.data.prepare import prepare
 from gradsmith.recipe import Recipe, parse_recipe
 
-MODULES = ("json", "email", "html", "logging", "urllib", "collections", "importlib")
+MODULES = ("json", "html", "logging", "urllib", "collections", "importlib")
 
 
 @pytest.fixture(scope="session")
@@ -75,11 +76,20 @@ def with_overrides(tree: dict[str, Any], overrides: dict[str, Any]) -> dict[str,
     return tree
 
 
+@pytest.fixture(scope="session")
+def prepared(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny recipe's data, made once."""
+    recipe = parse_recipe(tiny_tree(corpus, tmp_path_factory.mktemp("prepared")))
+    return prepare(recipe, log=lambda _: None).folder
+
+
 @pytest.fixture
-def tiny(corpus: Path, tmp_path: Path) -> Callable[..., Recipe]:
+def tiny(corpus: Path, prepared: Path, tmp_path: Path) -> Callable[..., Recipe]:
     """tiny("name", **{"training.steps": 3}) is a recipe that writes to tmp_path/name."""
 
     def build(name: str, **overrides: Any) -> Recipe:
+        # where the recipe asks for other data, `prepare` notices and makes them
+        shutil.copytree(prepared, tmp_path / name / "data", dirs_exist_ok=True)
         return parse_recipe(with_overrides(tiny_tree(corpus, tmp_path / name), overrides))
 
     return build

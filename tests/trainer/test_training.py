@@ -170,7 +170,7 @@ def test_finished_run_is_left_alone_and_fresh_starts_over(tiny: Tiny) -> None:
 
 def test_another_recipe_is_refused(tiny: Tiny) -> None:
     loop.train(tiny("run", **{"training.steps": 2}))
-    with pytest.raises(UserError, match=r"training\.optimizer: .*--fresh"):
+    with pytest.raises(UserError, match=r"(?s)training\.optimizer\.lr: 0.003 before, 0.0001 now.*--fresh"):
         loop.train(tiny("run", **{"training.steps": 2, "training.optimizer.lr": 1e-4}))
     longer = tiny("run", **{"training.steps": 3})
     loop.train(longer)
@@ -240,7 +240,7 @@ def test_non_finite_gradients_change_nothing_and_end_the_run(tiny: Tiny) -> None
     recipe = tiny("run", **{"training.steps": 40})
     s = session(recipe)
     with torch.no_grad():
-        next(s.engine.module.parameters())[0, 0] = float("nan")
+        s.engine.module.model.norm.weight[0] = float("nan")
     before = [p.detach().clone() for p in s.engine.module.parameters()]
     with pytest.raises(RunError, match="not finite"), guards.StopRequest() as stop:
         loop._train(s, stop)
@@ -318,7 +318,7 @@ def test_activation_checkpointing_gives_the_same_losses(tiny: Tiny) -> None:
 
 
 def test_offload_gives_the_same_losses(tiny: Tiny) -> None:
-    for stage, offload in ((2, "optimizer"), (3, "optimizer"), (3, "all")):
+    for stage, offload in ((2, "optimizer"), (3, "all")):
         settings = {"training.zero.stage": stage}
         plain = tiny(f"plain{stage}{offload}", **settings)
         offloaded = tiny(f"off{stage}{offload}", **settings, **{"training.zero.offload": offload})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +26,10 @@ def init_distributed() -> None:
         if gpu:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "nccl" if gpu else "gloo"
-        if "WORLD_SIZE" in os.environ:
+        if launched():
             dist.init_process_group(backend)
         else:
-            os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+            os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")  # DeepSpeed reads them
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     import deepspeed
 
@@ -38,12 +39,17 @@ def init_distributed() -> None:
         deepspeed.init_distributed(verbose=False)
 
 
+def launched() -> bool:
+    """Whether a launcher (torchrun, DeepSpeed's, srun around one) started this process."""
+    return "MASTER_ADDR" in os.environ
+
+
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    return int(os.environ["RANK"]) if launched() else 0
 
 
 def world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ["WORLD_SIZE"]) if launched() else 1
 
 
 def device() -> torch.device:
@@ -105,9 +111,11 @@ def build_engine(recipe: Recipe, model: torch.nn.Module) -> DeepSpeedEngine:
         eps=settings.eps,
     )
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    gc.freeze()  # DeepSpeed collects garbage again and again; what is there already is none
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=deepspeed_config(recipe, world())
     )
+    gc.unfreeze()
     # DeepSpeed rounds buffers to 16 bits too. Rotary frequencies must not be: at position 500 the
     # angle would be off by a radian, and the trained model be another than the one that is loaded.
     for name, buffer in buffers.items():

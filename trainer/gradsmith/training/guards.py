@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
@@ -60,28 +62,31 @@ def check_same_run(before: Recipe, now: Recipe, folder: Path) -> None:
         UserError: naming the keys that differ. How long to train, what to log and keep, and how
             the work is laid out over machines may change.
     """
-    free = {
-        "training": {
-            "steps", "tokens", "epochs", "minutes", "micro_batch", "zero", "log", "validate",
-            "checkpoint", "activation_checkpointing",
-        },
-        "model": {"kernels"},
-    }  # fmt: skip
-    old, new = before.dump(), now.dump()
+    free = re.compile(
+        r"name|output|evaluation\..*|model\.kernels|training\.(steps|tokens|epochs|minutes"
+        r"|micro_batch|activation_checkpointing|(zero|log|validate|checkpoint)\..*)"
+    )
+    old, new = dict(_leaves(before.dump())), dict(_leaves(now.dump()))
     changed = [
-        f"{part}.{key}: {old[part][key]} before, {new[part][key]} now"
-        for part in ("data", "model", "training")
-        for key in old[part]
-        if old[part][key] != new[part][key] and key not in free.get(part, set())
+        f"{key}: {old.get(key)} before, {new.get(key)} now"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not free.fullmatch(key)
     ]
-    if old["seed"] != new["seed"]:
-        changed.append(f"seed: {old['seed']} before, {new['seed']} now")
     if changed:
         raise UserError(
             f"{folder}: the run there was started from another recipe:\n"
             + "\n".join(f"  {line}" for line in changed)
             + "\nGo on with the old values, start over with --fresh, or choose another output=..."
         )
+
+
+def _leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of a tree of plain data, by its dotted key."""
+    if isinstance(tree, dict | list):
+        for name, branch in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _leaves(branch, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, tree
 
 
 class Divergence:
