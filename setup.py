@@ -90,14 +90,20 @@ if not X86:
     sources = [source for source in sources if not isa_flags(source)]
 
 setup(
-    packages=[*find_packages("kernels"), *find_packages("trainer")],
+    packages=[
+        *find_packages("kernels"),
+        *find_packages("trainer"),
+        "gradsmith.recipes.quickstart",  # so that `gradsmith quickstart` works from a wheel
+    ],
     package_dir={
         "gradsmith_kernels": "kernels/gradsmith_kernels",
         "gradsmith": "trainer/gradsmith",
+        "gradsmith.recipes.quickstart": "recipes/quickstart",
     },
     package_data={
         "gradsmith_kernels": ["py.typed", "*.pyi", "*/budgets.json"],
         "gradsmith": ["py.typed"],
+        "gradsmith.recipes.quickstart": ["*.yaml"],
     },
     ext_modules=[
         Extension(

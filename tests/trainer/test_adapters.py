@@ -37,9 +37,7 @@ def base(corpus: Path, prepared: Path, tmp_path_factory: pytest.TempPathFactory)
 def lora_recipe(base: Path, output: Path, corpus: Path, **overrides: object) -> Recipe:
     pairs = output.parent / "pairs.jsonl"
     pairs.parent.mkdir(parents=True, exist_ok=True)
-    pairs.write_text(
-        "".join(f'{{"q": "what is {i}?", "a": "it is {i}"}}\n' for i in range(300))
-    )
+    pairs.write_text("".join(f'{{"q": "what is {i}?", "a": "it is {i}"}}\n' for i in range(300)))
     tree = tiny_tree(corpus, output)
     tree["data"].pop("tokenizer")
     tree["data"]["task"] = "chat"
@@ -69,7 +67,9 @@ def load_adapter(folder: Path) -> torch.nn.Module:
     return PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False)
 
 
-def test_adapter_and_merged_folders_load_elsewhere(base: Path, corpus: Path, tmp_path: Path) -> None:
+def test_adapter_and_merged_folders_load_elsewhere(
+    base: Path, corpus: Path, tmp_path: Path
+) -> None:
     recipe = lora_recipe(base, tmp_path / "lora", corpus, **{"training.steps": 12})
     loop.train(recipe)
     assert losses(recipe)[-1] < losses(recipe)[0] - 0.1

@@ -22,7 +22,8 @@ from gradsmith.data.prepare import prepare
 from gradsmith.models.build import build_model
 from gradsmith.recipe import Recipe, load_recipe
 from gradsmith.run import Run
-from gradsmith.training import engine as engines, loop
+from gradsmith.training import engine as engines
+from gradsmith.training import loop
 
 Tiny = Callable[..., Recipe]
 STEPS = 3
@@ -164,9 +165,7 @@ def test_packing_changes_nothing(tiny: Tiny, tmp_path: Path) -> None:
         "packed",
         **{
             "data.task": "chat",
-            "data.sources": [
-                {"kind": "jsonl", "path": str(pairs), "prompt": "q", "response": "a"}
-            ],
+            "data.sources": [{"kind": "jsonl", "path": str(pairs), "prompt": "q", "response": "a"}],
             "data.sequence_length": 256,
             "training.precision": "fp32",
         },

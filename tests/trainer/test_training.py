@@ -20,7 +20,8 @@ from gradsmith.errors import RunError, UserError
 from gradsmith.models.build import load_for_inference
 from gradsmith.recipe import Recipe
 from gradsmith.run import Run
-from gradsmith.training import checkpoint, engine as engines, guards, loop
+from gradsmith.training import checkpoint, guards, loop
+from gradsmith.training import engine as engines
 
 Tiny = Callable[..., Recipe]
 
@@ -130,7 +131,9 @@ def test_resume_gives_the_same_bits(tiny: Tiny, stage: int) -> None:
         loop.optimizer_step = before
     loop.train(part)
     assert losses(part) == losses(whole)
-    a, b = (Run(r.output).checkpoints / "step-000006/model/model.safetensors" for r in (whole, part))
+    a, b = (
+        Run(r.output).checkpoints / "step-000006/model/model.safetensors" for r in (whole, part)
+    )
     assert a.read_bytes() == b.read_bytes()
 
 
@@ -170,7 +173,9 @@ def test_finished_run_is_left_alone_and_fresh_starts_over(tiny: Tiny) -> None:
 
 def test_another_recipe_is_refused(tiny: Tiny) -> None:
     loop.train(tiny("run", **{"training.steps": 2}))
-    with pytest.raises(UserError, match=r"(?s)training\.optimizer\.lr: 0.003 before, 0.0001 now.*--fresh"):
+    with pytest.raises(
+        UserError, match=r"(?s)training\.optimizer\.lr: 0.003 before, 0.0001 now.*--fresh"
+    ):
         loop.train(tiny("run", **{"training.steps": 2, "training.optimizer.lr": 1e-4}))
     longer = tiny("run", **{"training.steps": 3})
     loop.train(longer)
@@ -226,9 +231,7 @@ def test_eos_must_be_in_the_loss(tiny: Tiny, tmp_path: Path) -> None:
         "run",
         **{
             "data.task": "chat",
-            "data.sources": [
-                {"kind": "jsonl", "path": str(pairs), "prompt": "q", "response": "a"}
-            ],
+            "data.sources": [{"kind": "jsonl", "path": str(pairs), "prompt": "q", "response": "a"}],
             "data.chat.template": str(template),
         },
     )
@@ -277,7 +280,9 @@ def test_a_second_process_is_refused(tiny: Tiny) -> None:
         loop.train(recipe)
 
 
-@pytest.mark.parametrize(("name", "final"), [("constant", 1e-3), ("linear", 1e-4), ("cosine", 1e-4)])
+@pytest.mark.parametrize(
+    ("name", "final"), [("constant", 1e-3), ("linear", 1e-4), ("cosine", 1e-4)]
+)
 def test_schedule(tiny: Tiny, name: str, final: float) -> None:
     recipe = tiny(
         "run",

@@ -300,7 +300,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=deep)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=deep)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f'the key "{key}" stands there twice', key_node.start_mark
@@ -392,9 +392,16 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 def _describe(value: Any) -> str:
     if value is None:
         return "nothing"
-    names = {bool: "true/false", int: "a whole number", float: "a number", str: "text"}
+    names: dict[type, str] = {
+        bool: "true/false",
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        dict: "a mapping",
+        list: "a list",
+    }
     shown = json.dumps(value, default=str)
-    kind = names.get(type(value), {dict: "a mapping", list: "a list"}.get(type(value), "a value"))
+    kind = names.get(type(value), "a value")
     return f"{kind} ({shown if len(shown) <= 60 else shown[:57] + '...'})"
 
 

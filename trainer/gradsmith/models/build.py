@@ -166,12 +166,12 @@ def _attach_adapter(base: PreTrainedModel, recipe: Recipe, weights: Path | None)
     adapter = recipe.model.adapter
     assert adapter is not None
     # peft writes this name into the adapter's folder, where it must hold from any directory
-    folder = Path(base.name_or_path)
+    folder = Path(str(base.name_or_path))
     if folder.is_dir():
         base.config._name_or_path = base.name_or_path = str(folder.resolve())
     config = peft.LoraConfig(
         r=adapter.rank,
-        lora_alpha=adapter.alpha,
+        lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # peft takes any number
         lora_dropout=adapter.dropout,
         target_modules=adapter.target,
         task_type="CAUSAL_LM",
@@ -185,7 +185,8 @@ def _attach_adapter(base: PreTrainedModel, recipe: Recipe, weights: Path | None)
 def _check_vocabulary(
     model: PreTrainedModel, recipe: Recipe, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]
+    embeddings: Any = model.get_input_embeddings()
+    rows = embeddings.weight.shape[0]
     if len(tokenizer) > rows:
         raise UserError(
             f"data.tokenizer: has {len(tokenizer)} tokens, but the model at {recipe.model.from_} "

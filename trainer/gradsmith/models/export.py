@@ -1,4 +1,4 @@
-"""Folders for other programs: a Hugging Face model, a peft adapter, an adapter merged into its base.
+"""Folders for other programs: a Hugging Face model, a peft adapter, one merged into its base.
 
 Nothing is called done before it was read back by transformers or peft, without our kernels, and
 its logits compared with those of the run.

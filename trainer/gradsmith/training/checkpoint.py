@@ -183,11 +183,10 @@ def gather_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
             import deepspeed
 
             with deepspeed.zero.GatheredParameters([tensor]):
-                whole = tensor.detach().cpu().clone() if dist.get_rank() == 0 else None
-        else:
-            whole = tensor.detach()
-        if dist.get_rank() == 0:
-            weights[name] = whole
+                if dist.get_rank() == 0:
+                    weights[name] = tensor.detach().cpu().clone()
+        elif dist.get_rank() == 0:
+            weights[name] = tensor.detach()
     return weights
 
 
@@ -295,7 +294,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 def newest_verified(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose every byte is as it was written, and what newer ones lack."""
-    complaints = []
+    complaints: list[str] = []
     for _, path in _all(folder):
         problem = damage(path, hashes=True)
         if problem is None:

@@ -95,6 +95,7 @@ def clips_itself(recipe: Recipe) -> bool:
 def build_engine(recipe: Recipe, model: torch.nn.Module) -> DeepSpeedEngine:
     """The DeepSpeed engine around `model`, with our AdamW under it."""
     import deepspeed
+
     from gradsmith_kernels.optim import AdamW
 
     settings = recipe.training.optimizer

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,9 @@ from ..errors import RunError, UserError
 from ..evaluation.metrics import SUMS, batch_sums, summarize
 from ..models.build import build_model
 from ..recipe import Recipe
-from ..run import Run
-from . import checkpoint, engine as engines, guards
+from ..run import Run, read_json, write_json
+from . import checkpoint, guards
+from . import engine as engines
 
 
 def train(recipe: Recipe, *, fresh: bool = False) -> dict[str, Any]:
@@ -69,6 +72,11 @@ class Session:
     step: int = 0  # done
     tokens: int = 0  # target tokens trained on
     seconds: float = 0.0  # trained in earlier processes
+
+    @property
+    def held_out(self) -> bool:
+        """Whether there is a validation split."""
+        return bool(self.data.manifest["splits"]["validation"]["documents"])
 
     def progress(self, elapsed: float) -> float:
         """The share of the run that is done, from which the learning rate follows."""
@@ -124,7 +132,7 @@ def _train(session: Session, stop: guards.StopRequest) -> dict[str, Any]:
                 _log(run, row)
                 bar.update(session.step, row)
                 logged, tokens_logged = now, session.tokens
-            if session.step % settings.validate_.every == 0:
+            if session.held_out and session.step % settings.validate_.every == 0:
                 bar.update(session.step, validate(session, session.seconds + logged - began))
                 logged = time.monotonic()
             if stopping or session.step % settings.checkpoint.every == 0:
@@ -138,7 +146,7 @@ def _train(session: Session, stop: guards.StopRequest) -> dict[str, Any]:
         if _newest_step(run) != session.step:
             _save(session, elapsed)
         validation = _last_row(run, "validation")
-        if validation is None or validation["step"] != session.step:
+        if session.held_out and (validation is None or validation["step"] != session.step):
             validation = validate(session, elapsed)
             bar.update(session.step, validation)
     if engines.rank() == 0:
@@ -222,8 +230,6 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 def validate(session: Session, elapsed: float) -> dict[str, Any]:
     """Metrics on the first held-out sequences, over all ranks, as a row of metrics.jsonl."""
     settings, rank, world = session.recipe.training, engines.rank(), engines.world()
-    if "validation" not in session.data.manifest["splits"]:
-        return {}
     sequences = _sequences(session.recipe, session.data, "validation")
     token_bytes = torch.from_numpy(np.asarray(session.data.token_bytes(), dtype=np.int64))
     total = torch.zeros(len(SUMS), dtype=torch.float64)
@@ -257,7 +263,7 @@ def validate(session: Session, elapsed: float) -> dict[str, Any]:
 
 
 def _build(recipe: Recipe, run: Run, fresh: bool) -> Session:
-    data, start = _first(lambda: _open(recipe, run, fresh)), None
+    data = _first(lambda: _open(recipe, run, fresh))
     if data is None:  # another rank prepared it
         data = PreparedData.open(run.data)
     sequences = _sequences(recipe, data, "train")
@@ -306,8 +312,6 @@ def _kernels(recipe: Recipe, model: torch.nn.Module) -> dict[str, Any]:
 
 def _open(recipe: Recipe, run: Run, fresh: bool) -> PreparedData:
     """What rank 0 does before the others look into the folder."""
-    import shutil
-
     if fresh:
         shutil.rmtree(run.checkpoints, ignore_errors=True)
         for path in (run.metrics_path, run.evaluation_path, run.report_path):
@@ -318,20 +322,21 @@ def _open(recipe: Recipe, run: Run, fresh: bool) -> PreparedData:
     return prepare(recipe, log=say)
 
 
-def _first(work: Any) -> Any:
-    """Runs `work` on rank 0 while the others wait; its UserError ends all ranks."""
-    failed = torch.zeros(1, device=engines.device())
-    result, error = None, None
+def _first(work: Callable[[], Any]) -> Any:
+    """Runs `work` on rank 0 while the others wait; its UserError ends all ranks alike."""
+    result, complaint = None, ""
     if engines.rank() == 0:
         try:
             result = work()
-        except UserError as caught:
-            error, failed[0] = caught, 1
-    dist.broadcast(failed, 0)
-    if error is not None:
-        raise error
-    if failed.item():
-        raise UserError("rank 0 refused to start; see its message")
+        except UserError as error:
+            complaint = str(error)
+    letters = torch.tensor(list(complaint.encode()), dtype=torch.uint8, device=engines.device())
+    size = torch.tensor([len(letters)], device=engines.device())
+    dist.broadcast(size, 0)
+    if count := int(size.item()):
+        text = letters if engines.rank() == 0 else letters.new_empty(count)
+        dist.broadcast(text, 0)
+        raise UserError(bytes(text.tolist()).decode())
     return result
 
 
@@ -422,8 +427,6 @@ def _last_row(run: Run, kind: str) -> dict[str, Any] | None:
 
 
 def _describe(session: Session, seconds: float) -> None:
-    from ..run import read_json, write_json
-
     provenance = read_json(session.run.provenance_path)
     write_json(session.run.provenance_path, {**provenance, "seconds": seconds})
 
