@@ -68,7 +68,7 @@ def main(recipe_path: str, out: str) -> None:
     losses = []
     for _ in range(STEPS):
         engines.set_learning_rate(session.engine, 1e-3)
-        loss, norm, _, _ = loop.optimizer_step(session)
+        loss, norm, _ = loop.optimizer_step(session)
         losses.append([loss, norm])
         session.step += 1
     if engines.rank() == 0:

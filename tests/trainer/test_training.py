@@ -73,7 +73,7 @@ def test_step_is_the_textbook_step(tiny: Tiny, precision: str) -> None:
     for step in range(3):
         rate = loop.learning_rate(recipe, step / 6)
         engines.set_learning_rate(s.engine, rate)
-        loss, norm, targets, _ = loop.optimizer_step(s)
+        loss, norm, _ = loop.optimizer_step(s)
         s.step += 1
         batch = s.loader.micro_batches(step, rank=0, world=1, micro_batch=8)[0]
         expected = loop.nll_sum(model, batch) / int((batch.labels != -100).sum())
@@ -91,7 +91,6 @@ def test_step_is_the_textbook_step(tiny: Tiny, precision: str) -> None:
         tolerance = {"fp32": 2e-6, "bf16": 5e-3}[precision]
         assert loss == pytest.approx(expected.item(), rel=tolerance)
         assert norm == pytest.approx(expected_norm.item(), rel=4 * tolerance)
-        assert targets == int((batch.labels != -100).sum())
 
 
 def test_buffers_stay_float32(tiny: Tiny) -> None:
@@ -306,7 +305,7 @@ def test_lengths(tiny: Tiny, length: str) -> None:
     result = loop.train(recipe)
     data = prepare(recipe, log=lambda _: None)
     if length == "tokens":
-        assert 2000 <= result["tokens"] < 2000 + 8 * 64
+        assert 2000 <= result["tokens"] <= 2000 + 8 * 64
     elif length == "epochs":
         rows = len(loop._sequences(recipe, data, "train"))
         assert result["step"] == max(1, round(0.02 * rows / 8))

@@ -68,6 +68,10 @@ class Loader:
             at += len(part)
         return np.concatenate(parts)
 
+    def tokens(self, step: int) -> int:
+        """Inputs of the whole global batch that are no padding."""
+        return int(self.sequences.row_tokens[self.indices(step)].sum())
+
     def target_tokens(self, step: int) -> int:
         """Labels that count in the whole global batch: what its loss is divided by."""
         return int(self.sequences.row_targets[self.indices(step)].sum())

@@ -38,6 +38,7 @@ class Sequences:
     `pad_id` with label -100, as a segment of its own (its positions start again at 0).
 
     Attributes:
+        row_tokens: inputs that are no padding, for each row, int64 (rows,).
         row_targets: labels that count, for each row, int64 (rows,).
         target_tokens: their sum.
 
@@ -66,7 +67,8 @@ class Sequences:
             # a segment is a whole example here, and its first token is no target
             by_document = np.add.reduceat(split.targets, offsets[:-1], dtype=np.int64)
             counts = by_document[np.searchsorted(offsets, start, side="right") - 1]
-        self.row_targets = np.zeros(rows, np.int64)
+        self.row_tokens, self.row_targets = np.zeros((2, rows), np.int64)
+        np.add.at(self.row_tokens, row, length)
         np.add.at(self.row_targets, row, counts)
         self.target_tokens = int(self.row_targets.sum())
 

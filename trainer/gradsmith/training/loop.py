@@ -70,7 +70,7 @@ class Session:
     engine: Any
     total: int | None  # steps, or None when time is the limit
     step: int = 0  # done
-    tokens: int = 0  # target tokens trained on
+    tokens: int = 0  # read, without padding
     seconds: float = 0.0  # trained in earlier processes
 
     @property
@@ -113,9 +113,9 @@ def _train(session: Session, stop: guards.StopRequest) -> dict[str, Any]:
                 break
             rate = learning_rate(recipe, progress)
             engines.set_learning_rate(engine, rate)
-            loss, norm, targets, stopping = optimizer_step(session, stop.signal is not None)
+            loss, norm, stopping = optimizer_step(session, stop.signal is not None)
+            session.tokens += session.loader.tokens(session.step)
             session.step += 1
-            session.tokens += targets
             sound = divergence.check(session.step, loss, norm)
             if session.step % settings.log.every == 0 or session.step == session.total:
                 now = time.monotonic()
@@ -154,12 +154,12 @@ def _train(session: Session, stop: guards.StopRequest) -> dict[str, Any]:
     return {**(row or _last_row(run, "train") or {}), "validation": validation}
 
 
-def optimizer_step(session: Session, asked_to_stop: bool = False) -> tuple[float, float, int, bool]:
+def optimizer_step(session: Session, asked_to_stop: bool = False) -> tuple[float, float, bool]:
     """One step of the optimizer on one global batch.
 
     Returns:
         The loss in nats per target token of the global batch, the gradient's norm before
-        clipping, the number of target tokens, and whether any rank was asked to stop.
+        clipping, and whether any rank was asked to stop.
     """
     engine, recipe, loader = session.engine, session.recipe, session.loader
     rank, world = engines.rank(), engines.world()
@@ -186,7 +186,7 @@ def optimizer_step(session: Session, asked_to_stop: bool = False) -> tuple[float
     dist.all_reduce(total := total.to(engines.device()))
     if norm is None:
         norm = float(engine.get_global_grad_norm())
-    return float(total[0]) / max(1, targets), norm, targets, bool(total[1])
+    return float(total[0]) / max(1, targets), norm, bool(total[1])
 
 
 def nll_sum(model: Any, batch: Batch) -> torch.Tensor:
@@ -375,7 +375,7 @@ def total_steps(recipe: Recipe, loader: Loader) -> int | None:
     if training.epochs is not None:
         return max(1, round(training.epochs * rows / training.global_batch))
     assert training.tokens is not None
-    per_step = training.global_batch * loader.sequences.target_tokens / rows
+    per_step = training.global_batch * float(loader.sequences.row_tokens.mean())
     return max(1, math.ceil(training.tokens / per_step))
 
 
