@@ -28,8 +28,8 @@ struct RmsNormBackward {
 };
 
 // dweight is summed over blocks of rows, and then over the blocks, in an order that follows from
-// the shape alone: the same bits for any number of threads. At most 256 blocks keep the partial sums a
-// few per cent of the traffic; at least 32 rows in each, for the same reason.
+// the shape alone: the same bits for any number of threads. At most 256 blocks keep the partial
+// sums a few per cent of the traffic; at least 32 rows in each, for the same reason.
 inline int64_t rms_norm_block_rows(int64_t rows) {
   const int64_t spread = (rows + 255) / 256;
   return spread < 32 ? 32 : spread;

@@ -196,7 +196,8 @@ def _rms_norm_autograd(
 def _add_rms_norm_autograd(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, backend: str | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y, h, rstd = _AddRmsNorm.apply(x, residual, weight, eps, backend)  # type: ignore[no-untyped-call]
+    apply: Any = _AddRmsNorm.apply  # untyped in torch
+    y, h, rstd = apply(x, residual, weight, eps, backend)
     return y, h, rstd
 
 
@@ -209,7 +210,8 @@ def _rms_norm_backward_autograd(
     need_dweight: bool,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    dx, dweight = _RmsNormBackward.apply(dy, dh, h, weight, rstd, need_dweight, backend)  # type: ignore[no-untyped-call]
+    apply: Any = _RmsNormBackward.apply  # untyped in torch
+    dx, dweight = apply(dy, dh, h, weight, rstd, need_dweight, backend)
     return dx, dweight
 
 

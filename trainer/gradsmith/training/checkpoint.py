@@ -220,7 +220,8 @@ def _check_written(model: Any, folder: Path) -> None:
     written = []
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
-            written += [tuple(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118
+            names = file.keys()
+            written += [tuple(file.get_slice(name).get_shape()) for name in names]
     missing = list((Counter(wanted) - Counter(written)).elements())
     if missing:
         raise RuntimeError(f"{folder}: lacks {len(missing)} tensors, of shapes {missing[:5]}")
@@ -346,7 +347,8 @@ def load_optimizer(engine: DeepSpeedEngine, checkpoint: Path) -> dict[str, Any]:
     state_json: dict[str, Any] = read_json(checkpoint / "state.json")
     scalars = state_json["optimizer"]
     files = [entries[0][2] for entries in saved.values()]
-    keys = {k.rpartition(":")[2] for k in files[0].keys()} - {MASTER} if files else set()  # noqa: SIM118
+    stored = files[0].keys() if files else []
+    keys = {name.rpartition(":")[2] for name in stored} - {MASTER}
 
     for piece in pieces(engine):
         state = engine.basic_optimizer.state[piece.owner]
