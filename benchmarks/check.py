@@ -2,7 +2,8 @@
 
 A ratio is a peer's median time over ours in the same run: above 1, ours is faster. Exit code 1 if
 one fell below its floor or was no longer measured. `--propose` prints floors from the latest
-results instead, each a tenth below what was measured, to be looked at and put into floors.toml.
+results instead, each three tenths below what was measured, to be looked at and put into
+floors.toml.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from .machine import ROOT, describe, kind, results_folder
 
 FLOORS = ROOT / "floors.toml"
-MARGIN = 0.9  # the noise between runs on a quiet machine stays below this
+MARGIN = 0.7  # virtual machines were seen to vary by a fifth from run to run
 
 
 def ratios(results: dict[str, Any]) -> dict[str, float]:

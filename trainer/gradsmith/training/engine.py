@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 from typing import TYPE_CHECKING, Any
@@ -31,12 +32,20 @@ def init_distributed() -> None:
         else:
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")  # DeepSpeed reads them
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        # gloo's threads must be joined before the interpreter takes their group down, or now and
+        # then a rank that has done all its work ends in std::terminate.
+        atexit.register(_leave)
     import deepspeed
 
     if not deepspeed.comm.is_initialized():
         # Its shared-memory collectives serve inference only, and would be compiled here and now.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(verbose=False)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def launched() -> bool:
