@@ -191,3 +191,4 @@ def test_packing_changes_nothing(tiny: Tiny, tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    engines.end_rank(0)

@@ -23,6 +23,15 @@ TRAIN_EXTRA = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
+    code = _run(arguments)
+    if "MASTER_ADDR" in os.environ and "gradsmith.training.engine" in sys.modules:
+        from .training.engine import end_rank
+
+        end_rank(code)
+    return code
+
+
+def _run(arguments: list[str] | None) -> int:
     _leave_working_directory()
     try:
         _share_cores()
