@@ -33,6 +33,7 @@ import torch.distributed as dist
 
 from ..errors import RunError
 from ..run import read_json, write_json
+from .engine import device
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -235,9 +236,9 @@ def _write_optimizer(engine: DeepSpeedEngine, folder: Path, rank: int, world: in
         sources = {MASTER: piece.owner, **_states(engine, piece.owner)}
         index[piece.name] = {"start": piece.start, "length": piece.length}
         for key, source in sources.items():
-            tensors[f"{piece.name}:{key}"] = piece.of(source).cpu().contiguous()
+            tensors[f"{piece.name}:{key}"] = piece.of(source).cpu().clone()
     path = folder / f"optimizer-{rank:05}-of-{world:05}.safetensors"
-    save_file({name: tensor.clone() for name, tensor in tensors.items()}, path)
+    save_file(tensors, path)
     _fsync(path)
     entry = {"pieces": index, "sha256": _sha256(path)}
     write_json(path.with_suffix(".json"), entry)
@@ -273,16 +274,12 @@ def _together(work: Any) -> None:
         work()
     except (OSError, RuntimeError, ValueError) as caught:  # safetensors' error is a ValueError
         error = caught
-    failed = torch.tensor([0 if error is None else 1], device=_collective_device())
+    failed = torch.tensor([0 if error is None else 1], device=device())
     dist.all_reduce(failed)
     if error is not None:
         raise RunError(f"the checkpoint could not be written: {error}") from error
     if failed.item():
         raise RunError("the checkpoint could not be written on another rank; see its log")
-
-
-def _collective_device() -> torch.device:
-    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
 
 # ------------------------------------------------------------------------------------ reading

@@ -141,14 +141,8 @@ def build_engine(recipe: Recipe, model: torch.nn.Module) -> DeepSpeedEngine:
     # DeepSpeed 0.19's stage 0 with 16-bit weights steps once on zero gradients while it is built.
     # With a rate that decays the weights, and Adam's step count, hence its bias correction, is one
     # ahead ever after: the losses differ from those of stages 1 to 3. Undo it.
-    base_optimizer(engine).state.clear()
+    optimizer.state.clear()
     return engine
-
-
-def base_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
-    """The optimizer that does the arithmetic, below whatever DeepSpeed wrapped around it."""
-    optimizer: torch.optim.Optimizer = engine.basic_optimizer
-    return optimizer
 
 
 def optimizer_device(recipe: Recipe) -> str:
