@@ -1,0 +1,226 @@
+"""Attention in plain PyTorch: the definition. Computes in float32, or in float64 for float64.
+
+Every backend of this op has `forward` and `backward` with these arguments. `Options` holds what is
+not a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is not a tensor.
+
+    left, right: the window, -1 for unlimited; causal is right = 0.
+    softcap: 0 for none. dropout_p: 0 for none.
+    max_seqlen_q, max_seqlen_k: the longest sequence, or more.
+    """
+
+    scale: float
+    left: int
+    right: int
+    softcap: float
+    dropout_p: float
+    max_seqlen_q: int
+    max_seqlen_k: int
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One sequence: its number, and where its queries and keys are.
+
+    Query head h of a dense batch is `q[query]`, which is (Sq, H, D); keys likewise.
+    `statistics` finds its (H, Sq) in lse and delta.
+    """
+
+    index: int
+    query: tuple[int | slice, ...]
+    key: tuple[int | slice, ...]
+    statistics: tuple[int | slice, ...]
+
+
+def sequences(q: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> list[Sequence]:
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        return [Sequence(b, (b,), (b,), (b,)) for b in range(q.shape[0])]
+    q_ends, k_ends = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    return [
+        Sequence(
+            b,
+            (slice(q_ends[b], q_ends[b + 1]),),
+            (slice(k_ends[b], k_ends[b + 1]),),
+            (slice(None), slice(q_ends[b], q_ends[b + 1])),
+        )
+        for b in range(len(q_ends) - 1)
+    ]
+
+
+def allowed(rows: int, cols: int, left: int, right: int, device: torch.device) -> Tensor:
+    """(rows, cols) bool: which keys each query sees."""
+    distance = torch.arange(cols, device=device) - torch.arange(rows, device=device)[:, None]
+    distance = distance - (cols - rows)
+    mask = torch.ones(rows, cols, dtype=torch.bool, device=device)
+    if left >= 0:
+        mask &= distance >= -left
+    if right >= 0:
+        mask &= distance <= right
+    return mask
+
+
+def philox(counter: list[Tensor], key: list[int], rounds: int = 7) -> list[Tensor]:
+    """Philox4x32 (Salmon et al. 2011): four words of 32 bits, in int64 tensors."""
+    for _ in range(rounds):
+        high0, low0 = _multiply(counter[0], 0xD2511F53)
+        high1, low1 = _multiply(counter[2], 0xCD9E8D57)
+        counter = [high1 ^ counter[1] ^ key[0], low1, high0 ^ counter[3] ^ key[1], low0]
+        key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return counter
+
+
+def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
+    """The high and low word of a 32 x 32 bit product; int64 cannot hold its top bit."""
+    low, high = a * (b & 0xFFFF), a * (b >> 16)
+    middle = (low >> 16) + high
+    return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def kept(
+    seed: Tensor, dropout_p: float, batch: int, heads: int, rows: int, cols: int
+) -> Tensor:
+    """(heads, rows, cols) bool: the entries that dropout keeps in sequence `batch`."""
+    device, value = seed.device, int(seed.item())
+
+    def count(n: int, *shape: int) -> Tensor:
+        return torch.arange(n, device=device).view(shape).expand(heads, rows, cols)
+
+    counter = [count(cols, 1, 1, -1), count(rows, 1, -1, 1), count(heads, -1, 1, 1)]
+    counter.append(torch.full_like(counter[0], batch))
+    key = [value & 0xFFFFFFFF, value >> 32 & 0xFFFFFFFF]
+    return philox(counter, key)[0] >= int(dropout_p * 2**32)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _by_head(x: Tensor, heads: int) -> Tensor:
+    """(S, Hk, D) as (H, S, D) in the dtype of the computation."""
+    return _wide(x).repeat_interleave(heads // x.shape[1], 1).transpose(0, 1)
+
+
+@dataclass
+class _Scores:
+    scores: Tensor  # (H, Sq, Sk), -inf where not allowed
+    slope: Tensor | None  # d scores / d (scale * q . k) with softcap
+    keep: Tensor | None  # what dropout multiplies with: 0 or 1 / (1 - p)
+
+
+def _scores(
+    q: Tensor, k: Tensor, seed: Tensor | None, options: Options, sequence: Sequence
+) -> _Scores:
+    heads, rows, cols = q.shape[0], q.shape[1], k.shape[1]
+    scores, slope, keep = q @ k.transpose(1, 2) * options.scale, None, None
+    if options.softcap:
+        tanh = torch.tanh(scores / options.softcap)
+        scores, slope = options.softcap * tanh, 1 - tanh * tanh
+    mask = allowed(rows, cols, options.left, options.right, q.device)
+    if seed is not None:
+        keep = kept(seed, options.dropout_p, sequence.index, heads, rows, cols)
+        keep = keep.to(q.dtype) / (1 - options.dropout_p)
+    return _Scores(scores.masked_fill(~mask, -torch.inf), slope, keep)
+
+
+def _each(
+    q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None
+) -> Iterator[tuple[Sequence, Tensor, Tensor]]:
+    heads = q.shape[-2]
+    for sequence in sequences(q, cu_seqlens_q, cu_seqlens_k):
+        yield sequence, _by_head(q[sequence.query], heads), _by_head(k[sequence.key], heads)
+
+
+def statistics_shape(q: Tensor) -> tuple[int, ...]:
+    """Of lse and delta: (B, H, Sq), or (H, N)."""
+    return (q.shape[0], q.shape[2], q.shape[1]) if q.dim() == 4 else (q.shape[1], q.shape[0])
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    sink: Tensor | None,
+    seed: Tensor | None,
+    options: Options,
+) -> tuple[Tensor, Tensor]:
+    """out, like q and contiguous; lse, see `statistics_shape`. seed is None without dropout."""
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    lse = _wide(q).new_full(statistics_shape(q), -torch.inf)
+    for sequence, query, key in _each(q, k, cu_seqlens_q, cu_seqlens_k):
+        s = _scores(query, key, seed, options, sequence)
+        scores = s.scores
+        if sink is not None:
+            scores = torch.cat([scores, _sink_column(sink, scores)], -1)
+        row_lse = torch.logsumexp(scores, -1) if scores.shape[-1] else lse[sequence.statistics]
+        p = torch.exp(s.scores - row_lse.masked_fill(row_lse == -torch.inf, 0)[..., None])
+        if s.keep is not None:
+            p = p * s.keep
+        out[sequence.query] = (p @ _by_head(v[sequence.key], q.shape[-2])).transpose(0, 1).to(q.dtype)
+        lse[sequence.statistics] = row_lse
+    return out, lse
+
+
+def _sink_column(sink: Tensor, scores: Tensor) -> Tensor:
+    return sink.to(scores.dtype)[:, None, None].expand(-1, scores.shape[1], 1)
+
+
+def backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    seed: Tensor | None,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv, contiguous; and delta = sum over D of dout * out, less dlse, like lse.
+
+    With ds_ij = p_ij * (dp_ij - delta_i): the sink's gradient follows from delta alone (op.py).
+    """
+    dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    delta = torch.zeros_like(lse)
+    heads, key_heads = q.shape[-2], k.shape[-2]
+    for sequence, query, key in _each(q, k, cu_seqlens_q, cu_seqlens_k):
+        value = _by_head(v[sequence.key], heads)
+        s = _scores(query, key, seed, options, sequence)
+        row_lse = lse[sequence.statistics]
+        p = torch.exp(s.scores - row_lse.masked_fill(row_lse == -torch.inf, 0)[..., None])
+        dy = _by_head(dout[sequence.query], heads)
+        d = (dy * _by_head(out[sequence.query], heads)).sum(-1)
+        if dlse is not None:
+            d = d - dlse[sequence.statistics]
+        dropped, dp = p, dy @ value.transpose(1, 2)
+        if s.keep is not None:
+            dropped, dp = p * s.keep, dp * s.keep
+        ds = p * (dp - d[..., None]) * options.scale
+        if s.slope is not None:
+            ds = ds * s.slope
+        rows, cols = query.shape[1], key.shape[1]
+
+        def by_key_head(x: Tensor, cols: int = cols) -> Tensor:
+            return x.view(key_heads, heads // key_heads, cols, x.shape[-1]).sum(1).transpose(0, 1)
+
+        dq[sequence.query] = (ds @ key).transpose(0, 1).to(q.dtype)
+        dk[sequence.key] = by_key_head(ds.transpose(1, 2) @ query).to(k.dtype)
+        dv[sequence.key] = by_key_head(dropped.transpose(1, 2) @ dy).to(v.dtype)
+        delta[sequence.statistics] = d.view(heads, rows)
+    return dq, dk, dv, delta
