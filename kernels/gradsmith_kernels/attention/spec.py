@@ -147,8 +147,7 @@ def whole_naive(inputs: Inputs, leaves: dict[str, Tensor]) -> tuple[Tensor, Tens
             return q * 1, q.sum(-1).transpose(1, 2).to(torch.promote_types(q.dtype, torch.float32))
         return torch.stack([out for out, _ in each]), torch.stack([lse for _, lse in each])
     queries, keys = inputs["cu_seqlens_q"].tolist(), inputs["cu_seqlens_k"].tolist()
-    out, lse = torch.zeros_like(q), []
-    pieces = []
+    pieces, lse = [], []
     for b in range(len(queries) - 1):
         mine, theirs = slice(queries[b], queries[b + 1]), slice(keys[b], keys[b + 1])
         piece, row = naive_attention(q[mine], k[theirs], v[theirs], sink, case, seed, b)
@@ -157,7 +156,7 @@ def whole_naive(inputs: Inputs, leaves: dict[str, Tensor]) -> tuple[Tensor, Tens
     after = q.shape[0] - queries[-1]
     wide = torch.promote_types(q.dtype, torch.float32)
     lse.append(torch.full((q.shape[1], after), -torch.inf, dtype=wide, device=q.device))
-    out = torch.cat([*pieces, torch.zeros_like(q[queries[-1] :])])
+    out = torch.cat([*pieces, q[queries[-1] :] * 0])
     return out, torch.cat(lse, 1)
 
 
@@ -196,7 +195,10 @@ def outputs_and_gradients(
     # Rows that see nothing have lse = -inf on both sides, which no error can be taken of. That they
     # are the same rows is the business of tests/kernels/test_attention.py.
     lse = torch.where(lse == -torch.inf, 0, lse)
-    gradients = torch.autograd.grad((out, lse), list(leaves.values()), (inputs["dout"], dlse))
+    upstream = (inputs["dout"], dlse)
+    gradients = torch.autograd.grad(
+        (out, lse), list(leaves.values()), upstream, materialize_grads=True
+    )
     return {"out": out.detach(), "lse": lse.detach()} | {
         f"d{name}": gradient for name, gradient in zip(names, gradients, strict=True)
     }
