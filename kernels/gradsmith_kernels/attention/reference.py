@@ -226,11 +226,11 @@ def backward(
     for sequence, query, key in _each(q, k, cu_seqlens_q, cu_seqlens_k):
         value = _by_head(v[sequence.key], heads)
         s = _scores(query, key, seed, options, sequence)
-        row_lse = lse[sequence.statistics][..., None]
-        exponent = s.scores - row_lse.masked_fill(row_lse == -torch.inf, 0)
+        # In float64: s - lse, several times larger than s - max, would be rounded accordingly.
+        row_lse = lse[sequence.statistics][..., None].double()
         if rest.numel():
-            exponent = exponent - rest[sequence.statistics][..., None]
-        p = torch.exp(exponent)
+            row_lse = row_lse + rest[sequence.statistics][..., None]
+        p = torch.exp(s.scores - row_lse.masked_fill(row_lse == -torch.inf, 0)).to(query.dtype)
         dy = _by_head(dout[sequence.query], heads)
         dropped, dp = p, dy @ value.transpose(1, 2)
         if s.keep is not None:
