@@ -172,6 +172,8 @@ def check_arithmetic(probe: ctypes.CDLL) -> None:
         # A denormal factor counts as zero, and so does a denormal in C.
         ([2.0**-130, 0], [2.0**100, 0], 0, 0),
         ([0, 0], [0, 0], 2.0**-130, 0),
+        # A denormal result is zero: 2^-126 - 1.5 2^-126.
+        ([1.5 * 2.0**-63, 0], [-(2.0**-63), 0], 2.0**-126, 0),
         ([np.inf, 1], [1, 1], 1, np.inf),
     ]:
         result = np.array([[c]], np.float32)
@@ -250,32 +252,28 @@ def check_forms(probe: ctypes.CDLL, folder: str) -> None:
     loads = 0
     for n, (base, index, scale, displacement) in enumerate(forms()):
         on_stack = base == "rsp"
-        stride = 0 if not index else 72 if on_stack or n % 2 else -80
+        if on_stack and displacement < 0:
+            continue  # the frame of the signal would lie on the operand
+        form = base, index, scale, displacement
 
         # The configuration lies at the address, among zeros that would be another configuration.
         memory[:], config = 0, np.zeros(72, np.uint8)
-        displaced = displacement + (24 * scale if index and base else 0)
         memory[middle : middle + 64] = all_tiles
-        address = memory.ctypes.data + middle
-        if on_stack and displacement < 0:
-            continue  # the frame of the signal would lie on the operand
-        if base:
-            values = (address - displaced, 24)
-        else:  # all of them are multiples of 8
-            values = (0, (address - displacement) // scale)
-        getattr(library, f"config_{n}")(*map(ctypes.c_long, values))
+        address = memory.ctypes.data + middle - displacement
+        second = 24 if base else address // scale  # exact: all addresses are multiples of 8
+        first = address - (second * scale if index else 0)
+        getattr(library, f"config_{n}")(ctypes.c_long(first), ctypes.c_long(second))
         library.store_config(ctypes.c_void_p(config.ctypes.data))
-        assert (config[8:] == all_tiles).all(), (base, index, scale, displacement)
+        assert (config[8:] == all_tiles).all(), form
 
         if base:
             probe.probe_configure()
             memory[:] = original
-            start = middle + displacement
-            rows = start + np.arange(16) * stride * scale
-            expected = original[rows[:, None] + np.arange(64)]
+            stride = 72 if on_stack or n % 2 else -80
+            rows = middle + displacement + np.arange(16) * (stride * scale if index else 0)
             values = (memory.ctypes.data + middle, stride, out.ctypes.data)
             getattr(library, f"form_{n}")(*map(ctypes.c_long, values))
-            assert (out == expected).all(), (base, index, scale, displacement)
+            assert (out == original[rows[:, None] + np.arange(64)]).all(), form
             loads += 1
     assert loads > 200
     library.config_rip()
