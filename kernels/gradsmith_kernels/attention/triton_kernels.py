@@ -1,0 +1,212 @@
+"""Attention in Triton: launchers, and the tiles that each chip gets.
+
+The kernels are in triton_forward.py and triton_backward.py.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from gradsmith_kernels.attention.reference import Options, rest_shape, statistics_shape
+from gradsmith_kernels.attention.triton_backward import (
+    delta_kernel,
+    key_gradient_kernel,
+    query_gradient_kernel,
+)
+from gradsmith_kernels.attention.triton_forward import forward_kernel
+from gradsmith_kernels.backends import interpreting
+from gradsmith_kernels.spec import CompileCase
+
+
+
+class Tile(NamedTuple):
+    """BLOCK_M queries, BLOCK_N keys, and the launch options."""
+
+    queries: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+
+DELTA = Tile(32, 0, 4, 1)
+HEADS = (64, 128, 256)  # head sizes are padded to a power of two; smaller ones take 64's tiles
+TILES = {
+    "sm_80": {
+        "forward": (Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 32, 8, 2)),
+        "query_gradient": (Tile(64, 64, 4, 2), Tile(64, 64, 8, 2), Tile(64, 32, 8, 1)),
+        "key_gradient": (Tile(64, 64, 4, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 1)),
+    },
+    "interpreter": {
+        "forward": (Tile(64, 32, 4, 2),) * 3,
+        "query_gradient": (Tile(32, 64, 4, 2),) * 3,
+        "key_gradient": (Tile(64, 32, 4, 2),) * 3,
+    },
+}
+FLOAT32 = {
+    "forward": (Tile(32, 32, 4, 1),) * 3,
+    "query_gradient": (Tile(32, 32, 4, 1),) * 3,
+    "key_gradient": (Tile(32, 32, 4, 1),) * 3,
+}
+
+
+def tile_of(kernel: str, chip: str, head: int, dtype: torch.dtype) -> Tile:
+    wide = dtype == torch.float32 and chip != "interpreter"
+    table = FLOAT32 if wide else TILES[chip]
+    return table[kernel][sum(head > size for size in HEADS)]
+
+
+def _chip(device: torch.device) -> str:
+    """The column of the table that fits a device."""
+    if interpreting():
+        return "interpreter"
+    if torch.version.hip:
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major == 9 or major == 10:
+        return f"sm_{major}0"
+    # The others are told apart by their shared memory: A100 has 163 KB, all the rest 99 KB.
+    return "sm_80" if (major, minor) == (8, 0) else "sm_120"
+
+
+def _head_last(x: Tensor) -> Tensor:
+    """x with the elements of a head adjacent."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _strides(name: str, x: Tensor) -> dict[str, int]:
+    """Of batch, row and head, as the kernels call them; (N, H, D) is one batch."""
+    batch, row, head = x.stride()[:3] if x.dim() == 4 else (0, *x.stride()[:2])
+    return {f"{name}_batch": batch, f"{name}_row": row, f"{name}_head": head}
+
+
+def _shared(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    seed: Tensor | None,
+    options: Options,
+) -> dict[str, Any]:
+    """The arguments that the kernels of one call share, by name."""
+    rows_q, rows_k = q.shape[-3], k.shape[-3]
+    unit = 1.0 if q.dtype == torch.float32 else math.log2(math.e)
+    arguments: dict[str, Any] = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "seed_ptr": seed}
+    arguments |= {
+        "cu_q_ptr": None if cu_seqlens_q is None else cu_seqlens_q.contiguous(),
+        "cu_k_ptr": None if cu_seqlens_k is None else cu_seqlens_k.contiguous(),
+        "rows_q": rows_q,
+        "rows_k": rows_k,
+        "heads": q.shape[-2],
+        "repeats": q.shape[-2] * (len(q) if cu_seqlens_q is None else len(cu_seqlens_q) - 1),
+        "group": q.shape[-2] // k.shape[-2],
+        "scale": options.scale,
+        "factor": (options.softcap or options.scale) * unit,
+        "inner": options.scale / options.softcap if options.softcap else 0.0,
+        "left": options.left,
+        "right": options.right,
+        "threshold": int(options.dropout_p * 2**32),
+        "keep_scale": 1 / (1 - options.dropout_p),
+        "VARLEN": cu_seqlens_q is not None,
+        # A side that reaches past every key of the longest possible sequence is no window.
+        "LEFT": 0 <= options.left < rows_k,
+        "RIGHT": 0 <= options.right < rows_q,
+        "SOFTCAP": options.softcap > 0,
+        "DROPOUT": seed is not None,
+        "HEAD": q.shape[-1],
+        "BLOCK_D": max(16, triton.next_power_of_2(q.shape[-1])),
+    }
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        arguments |= _strides(name, x)
+    return arguments
+
+
+def _launch(kernel: Any, length: int, block: int, tile: Tile, arguments: dict[str, Any]) -> None:
+    """A program for each block of `length` rows of every head of every sequence."""
+    tiles = triton.cdiv(length, block)
+    programs = tiles * arguments["repeats"]
+    if programs:
+        arguments = arguments | {"tiles": tiles, "BLOCK_M": tile.queries, "BLOCK_N": tile.keys}
+        kernel[(programs,)](
+            **{name: arguments[name] for name in kernel.arg_names},
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            enable_fp_fusion=True,
+        )
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    sink: Tensor | None,
+    seed: Tensor | None,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if options.scale < 0 and not options.softcap:  # the kernel takes the largest q.k for the peak
+        q, options = -q, replace(options, scale=-options.scale)
+    q, k, v = (_head_last(x) for x in (q, k, v))
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = torch.empty(statistics_shape(q), dtype=torch.float32, device=q.device)
+    rest = torch.empty(rest_shape(q), dtype=torch.float32, device=q.device)
+    if cu_seqlens_q is not None:  # there may be rows in no sequence
+        out.zero_()
+        lse.fill_(-math.inf)
+        rest.zero_()
+    arguments = _shared(q, k, v, cu_seqlens_q, cu_seqlens_k, seed, options)
+    arguments |= {"out_ptr": out, "lse_ptr": lse, "rest_ptr": rest, "SINK": sink is not None}
+    arguments["sink_ptr"] = None if sink is None else sink.contiguous()
+    tile = tile_of("forward", _chip(q.device), q.shape[-1], q.dtype)
+    _launch(forward_kernel, min(options.max_seqlen_q, q.shape[-3]), tile.queries, tile, arguments)
+    return out, lse, rest
+
+
+def backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    rest: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    seed: Tensor | None,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, k, v, out, dout = (_head_last(x) for x in (q, k, v, out, dout))
+    lse = lse.contiguous()
+    like = torch.empty_like if cu_seqlens_q is None else torch.zeros_like  # rows in no sequence
+    dq, dk, dv = (like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    delta = torch.empty_like(lse)
+    arguments = _shared(q, k, v, cu_seqlens_q, cu_seqlens_k, seed, options)
+    arguments |= _strides("out", out) | _strides("dout", dout)
+    arguments |= {"out_ptr": out, "dout_ptr": dout, "lse_ptr": lse, "rest_ptr": rest.contiguous()}
+    arguments |= {"dlse_ptr": None if dlse is None else dlse.contiguous(), "DLSE": dlse is not None}
+    arguments |= {"dq_ptr": dq, "dk_ptr": dk, "dv_ptr": dv, "delta_ptr": delta}
+    rows_q, rows_k, heads = q.shape[-3], k.shape[-3], q.shape[-2]
+
+    batch = q.shape[0] if q.dim() == 4 else 1
+    _launch(delta_kernel, rows_q, DELTA.queries, DELTA, arguments | {"repeats": batch * heads})
+    chip = _chip(q.device)
+    tile = tile_of("query_gradient", chip, q.shape[-1], q.dtype)
+    longest = min(options.max_seqlen_q, rows_q)
+    _launch(query_gradient_kernel, longest, tile.queries, tile, arguments)
+    tile = tile_of("key_gradient", chip, q.shape[-1], q.dtype)
+    longest = min(options.max_seqlen_k, rows_k)
+    arguments["repeats"] //= arguments["group"]
+    _launch(key_gradient_kernel, longest, tile.keys, tile, arguments)
+    return dq, dk, dv, delta
+
+
+def compile_cases() -> list[CompileCase]:
+    return []
