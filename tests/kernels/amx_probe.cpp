@@ -22,8 +22,8 @@ struct alignas(64) Config {
   }
 };
 
-// The tile intrinsics of GCC name neither all the memory that they read (_tile_loadconfig: 8 bytes;
-// _tile_loadd: none), so stores before them have to be finished explicitly.
+// GCC 12's intrinsics do not tell the compiler all that they read (_tile_loadconfig: 8 of 64 bytes;
+// _tile_loadd: nothing), so it may move or drop the stores before them, unless it is told here.
 void finish_stores() { __asm__ volatile("" ::: "memory"); }
 
 void configure(const Config& config) {
