@@ -51,7 +51,9 @@ struct Tiles {
 std::atomic<long> emulated{0};
 struct sigaction previous;
 
-enum class Op { Ldtilecfg, Sttilecfg, Tilerelease, Tilezero, Tileload, Tilestored, Tdpbf16ps, None };
+enum class Op {
+  None, Ldtilecfg, Sttilecfg, Tilerelease, Tilezero, Tileload, Tilestored, Tdpbf16ps
+};
 
 struct Instruction {
   Op op = Op::None;

@@ -37,8 +37,8 @@ void configure(const Config& config) {
 // fails on a CPU without AMX, where they are emulated.
 extern "C" long probe_request_permission() { return syscall(SYS_arch_prctl, 0x1023, 18); }
 
-// C [M, N] += A [M, K] B [K, N]; A and B are bf16, C is float32, strides are in bytes. B holds pairs
-// of rows interleaved: [K/2, N, 2]. K is even. Blocks of 32 x 32 x 32 take all eight tiles; those
+// C [M, N] += A [M, K] B [K, N]; A and B are bf16, C is float32, strides are in bytes. B's rows are
+// interleaved in pairs: [K/2, N, 2]. K is even. Blocks of 32 x 32 x 32 take all eight tiles; those
 // at the edges have fewer rows, columns or pairs, and some of their tiles are not configured.
 extern "C" void probe_matmul(const uint16_t* a, long stride_a, const uint16_t* b, long stride_b,
                              float* c, long stride_c, long M, long N, long K) {
