@@ -55,7 +55,8 @@ struct Backward {
 
   // By query: lse to the base 2 as a whole number and a fraction, and delta.
   struct State {
-    alignas(64) float whole[kQueries], fraction[kQueries], delta[kQueries], sum[kQueries];
+    alignas(64) float whole[kQueries], fraction[kQueries], delta[kQueries];
+    alignas(64) float sum[kQueries], lost[kQueries];  // of p * dp, and what rounding took from it
   };
 
   static void run(const Attention& a, const AttentionSequence& s, const AttentionShare& share,
@@ -94,7 +95,8 @@ struct Backward {
     // rounded. It matters to queries that see few keys, whose dp - delta is small.
     const int64_t first_begin = range.begin / kKeyBlock * kKeyBlock;
     const bool few = range.end - first_begin <= 2 * kKeyBlock;
-    if (few) memset(state.sum, 0, sizeof state.sum);
+    memset(state.sum, 0, sizeof state.sum);
+    memset(state.lost, 0, sizeof state.lost);
     for (int pass = few ? 0 : 1; pass < 2; ++pass) {
       for (int64_t block_begin = first_begin; block_begin < range.end; block_begin += kKeyBlock) {
         int64_t begin = range.begin > block_begin ? range.begin : block_begin;
@@ -195,12 +197,9 @@ struct Backward {
   static void weigh(const Attention& a, const AttentionSequence& s, int64_t head,
                     const Range& range, int64_t begin, int64_t end, const Range::Columns& part,
                     bool sum, const Scratch& scratch, State& state) {
-    float to_exponent = a.scale * kLog2e;
     const bool slope = a.softcap > 0;
-    if (shaped(a)) {
-      shape_scores(a, scratch.scores, scratch.slope, (end - begin) * kQueries);
-      to_exponent = kLog2e;
-    }
+    if (shaped(a)) shape_scores(a, scratch.scores, scratch.slope, (end - begin) * kQueries);
+    const ToExponent<Engine> to_exponent(a);
     const Dropout dropout(a, s, head);
     const auto rows = sum ? weigh_rows<false, true>
                       : range.all(begin, end) && !dropout.on && !slope
@@ -221,7 +220,7 @@ struct Backward {
 
   template <bool kPlain, bool kSum>
   static void weigh_rows(const Range& range, int64_t begin, int64_t end,
-                         const Range::Columns& part, float to_exponent, bool slope,
+                         const Range::Columns& part, ToExponent<Engine> to_exponent, bool slope,
                          const Dropout& dropout, const Scratch& scratch, State& state) {
     struct Pair {
       Vec p, ds;
@@ -235,8 +234,8 @@ struct Backward {
       memcpy(&fraction, state.fraction + i, sizeof fraction);
       memcpy(&delta, state.delta + i, sizeof delta);
       // 2^(score * to_exponent - whole - fraction), with no sum of large numbers to round.
-      const Vec n = round(fma(score, splat(to_exponent), -fraction));
-      const Vec f = fma(score, splat(to_exponent), -n) - fraction;
+      const Vec n = round(fma(score, splat(to_exponent.high), -fraction));
+      const Vec f = to_exponent(score, n) - fraction;
       Vec p = scale_by_power(power_of_two<Engine::kDegree>(f), n - whole);
       if (!kPlain) p = seen(range.lanes(j), int32_t(i)) ? p : Vec{};
       Vec dropped = p;
@@ -246,10 +245,13 @@ struct Backward {
         dp *= keep;
       }
       if (kSum) {
-        Vec sum;
+        Vec sum, lost;
         memcpy(&sum, state.sum + i, sizeof sum);
-        sum = fma(p, dp, sum);
-        memcpy(state.sum + i, &sum, sizeof sum);
+        memcpy(&lost, state.lost + i, sizeof lost);
+        const Vec term = fma(p, dp, lost), total = sum + term;
+        lost = term - (total - sum);
+        memcpy(state.sum + i, &total, sizeof total);
+        memcpy(state.lost + i, &lost, sizeof lost);
         return Pair{};
       }
       Vec ds = p * (dp - delta);

@@ -25,9 +25,10 @@ struct Forward {
     return 4 * kQueries * (shape.words + kKeyBlock / Engine::kPair + kKeyBlock + shape.rows);
   }
 
-  // A query's running maximum and sum, and what its output so far is to be multiplied with.
+  // A query's running maximum, its sum and what the sum lost to rounding, and what its output so far
+  // is to be multiplied with.
   struct State {
-    alignas(64) float highest[kQueries], sum[kQueries], rescale[kQueries];
+    alignas(64) float highest[kQueries], sum[kQueries], lost[kQueries], rescale[kQueries];
   };
 
   static void run(const Attention& a, const AttentionSequence& s, int64_t head, int64_t block,
@@ -48,7 +49,10 @@ struct Forward {
     pack_turned<Engine, X>(q, a.q.row, range.queries, a.size, columns, shape.words,
                            scratch.queries, kQueries);
     State state;
-    for (int64_t i = 0; i < kQueries; ++i) state.highest[i] = kLowest, state.sum[i] = 0;
+    for (int64_t i = 0; i < kQueries; ++i) {
+      state.highest[i] = kLowest;
+      state.sum[i] = state.lost[i] = 0;
+    }
     memset(scratch.out, 0, size_t(4 * shape.rows * kQueries));
     for (int64_t block_begin = range.begin / kKeyBlock * kKeyBlock; block_begin < range.end;
          block_begin += kKeyBlock) {
@@ -82,11 +86,8 @@ struct Forward {
   static bool weigh(const Attention& a, const AttentionSequence& s, int64_t head,
                     const Range& range, int64_t begin, int64_t end, const Range::Columns& part,
                     const Scratch& scratch, State& state) {
-    float to_exponent = a.scale * kLog2e;
-    if (shaped(a)) {
-      shape_scores(a, scratch.scores, nullptr, (end - begin) * kQueries);
-      to_exponent = kLog2e;
-    }
+    if (shaped(a)) shape_scores(a, scratch.scores, nullptr, (end - begin) * kQueries);
+    const ToExponent<Engine> to_exponent(a);
     const Dropout dropout(a, s, head);
     const bool plain = range.all(begin, end) && !dropout.on;
     bool rescale = false;
@@ -108,10 +109,10 @@ struct Forward {
 
   template <int kVecs, int kPlain>
   static bool weigh_columns(const Range& range, int64_t begin, int64_t end, int64_t column,
-                            float to_exponent, const Dropout& dropout, const Scratch& scratch,
+                            ToExponent<Engine> to_exponent, const Dropout& dropout, const Scratch& scratch,
                             State& state) {
     const float* const scores = scratch.scores + column;
-    Vec highest[kVecs], sum[kVecs];
+    Vec highest[kVecs], sum[kVecs], lost[kVecs];
     for (int i = 0; i < kVecs; ++i) highest[i] = splat(kLowest);
     for (int64_t j = begin; j < end; ++j)
       for (int i = 0; i < kVecs; ++i) {
@@ -126,10 +127,12 @@ struct Forward {
       float* const at = state.highest + column + i * kLanes;
       Vec before;
       memcpy(&before, at, sizeof before);
-      highest[i] = max(ceil(highest[i] * to_exponent), before);
+      highest[i] = max(ceil(highest[i] * to_exponent.high), before);
       const Vec factor = scale_by_power(splat(1.0f), before - highest[i]);
       memcpy(&sum[i], state.sum + column + i * kLanes, sizeof(Vec));
+      memcpy(&lost[i], state.lost + column + i * kLanes, sizeof(Vec));
       sum[i] *= factor;
+      lost[i] *= factor;
       memcpy(at, &highest[i], sizeof(Vec));
       memcpy(state.rescale + column + i * kLanes, &factor, sizeof factor);
       const Ints same = factor == 1.0f;
@@ -138,11 +141,13 @@ struct Forward {
     const auto weight = [&](int64_t j, int i) ALWAYS_INLINE {
       Vec v;
       memcpy(&v, scores + (j - begin) * kQueries + i * kLanes, sizeof v);
-      const Vec n = round(v * to_exponent);
-      const Vec fraction = fma(v, splat(to_exponent), -n);
-      Vec p = scale_by_power(power_of_two<Engine::kDegree>(fraction), n - highest[i]);
+      const Vec n = round(v * to_exponent.high);
+      Vec p = scale_by_power(power_of_two<Engine::kDegree>(to_exponent(v, n)), n - highest[i]);
       if (!kPlain) p = seen(range.lanes(j), int32_t(column) + i * kLanes) ? p : Vec{};
+      const Vec before = sum[i];
       sum[i] += p;
+      // What the addition lost: in float32 it would grow with the length of the sequence.
+      if (Engine::kDegree == 6) lost[i] += p - (sum[i] - before);
       if (!kPlain && dropout.on) p *= dropout(j, range.query + column + i * kLanes);
       return p;
     };
@@ -156,8 +161,10 @@ struct Forward {
           memcpy(to + i * kLanes, &p, sizeof p);
       }
     }
-    for (int i = 0; i < kVecs; ++i)
+    for (int i = 0; i < kVecs; ++i) {
       memcpy(state.sum + column + i * kLanes, &sum[i], sizeof(Vec));
+      memcpy(state.lost + column + i * kLanes, &lost[i], sizeof(Vec));
+    }
     return rescale;
   }
 
@@ -166,7 +173,7 @@ struct Forward {
                      const Scratch& scratch) {
     alignas(64) float factor[kQueries] = {};
     for (int64_t i = 0; i < range.queries; ++i) {
-      double highest = state.highest[i], sum = state.sum[i], rescale = 1;
+      double highest = state.highest[i], sum = double(state.sum[i]) + state.lost[i], rescale = 1;
       if (a.sink) {
         const double sink = a.sink[head] * kLog2eDouble;
         const double above = sink > highest ? sink : highest;

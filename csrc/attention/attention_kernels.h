@@ -8,7 +8,6 @@ extern "C" double log(double);
 
 namespace {
 
-constexpr float kLog2e = 1.4426950408889634f;
 constexpr double kLog2eDouble = 1.4426950408889634, kLn2 = 0.6931471805599453;
 // A running maximum before the first key: finite, so that differences are numbers.
 constexpr float kLowest = -1e30f;
@@ -143,6 +142,23 @@ inline void shape_scores(const Attention& a, float* scores, float* slope, int64_
 }
 
 inline bool shaped(const Attention& a) { return a.softcap > 0 || a.scale <= 0; }
+
+// What a score is multiplied with to be an exponent of two: log2(e), times the scale where
+// shape_scores has not been there. In two parts for float32, where the rounding of one would show.
+template <class Engine>
+struct ToExponent {
+  float high, low;
+
+  explicit ToExponent(const Attention& a) {
+    const double factor = kLog2eDouble * (shaped(a) ? 1.0 : double(a.scale));
+    high = float(factor);
+    low = float(factor - high);
+  }
+  Vec operator()(Vec score, Vec minus) const {
+    const Vec exponent = fma(score, splat(high), -minus);
+    return Engine::kDegree == 6 ? fma(score, splat(low), exponent) : exponent;
+  }
+};
 
 }  // namespace
 

@@ -56,6 +56,9 @@ struct Bf16Engine {
 #endif
 
 #if defined(__AMX_BF16__)
+// GCC's intrinsics do not say that they read memory: stores could be moved behind them.
+inline void finish_stores() { __asm__ volatile("" ::: "memory"); }
+
 // The tiles' shapes never change, so they are configured once a task: 16 rows of 64 bytes each.
 struct TileEngine {
   using Element = uint16_t;
@@ -75,6 +78,7 @@ struct TileEngine {
       config[16 + 2 * tile] = 64;
       config[48 + tile] = 16;
     }
+    finish_stores();
     _tile_loadconfig(config);
   }
   static void end() { _tile_release(); }
@@ -85,40 +89,6 @@ struct TileEngine {
 
 enum Into { kSet, kAdd, kScaleAdd };  // C = AB;  C += AB;  C = C * scale[column] + AB
 
-template <class Engine, Into kInto, int kRows, int kVecs>
-ALWAYS_INLINE inline void product_tile(int64_t depth, const uint32_t* a, int64_t lda,
-                                       const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
-                                       const float* scale) {
-  Vec sums[kRows][kVecs];
-#pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 8
-    for (int j = 0; j < kVecs; ++j) sums[i][j] = Vec{};
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec row[kVecs];
-#pragma GCC unroll 8
-    for (int j = 0; j < kVecs; ++j) memcpy(&row[j], b + k * ldb + j * kLanes, sizeof(Vec));
-#pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 8
-      for (int j = 0; j < kVecs; ++j)
-        sums[i][j] = Engine::multiply_add(a[i * lda + k], row[j], sums[i][j]);
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 8
-    for (int j = 0; j < kVecs; ++j) {
-      Vec before, factor;
-      if (kInto != kSet) memcpy(&before, c + i * ldc + j * kLanes, sizeof(Vec));
-      if (kInto == kAdd) sums[i][j] += before;
-      if (kInto == kScaleAdd) {
-        memcpy(&factor, scale + j * kLanes, sizeof(Vec));
-        sums[i][j] = fma(before, factor, sums[i][j]);
-      }
-      memcpy(c + i * ldc + j * kLanes, &sums[i][j], sizeof(Vec));
-    }
-}
-
 // Registers: kRowsMost * kVecsMost sums, kVecsMost of B's row, one of A.
 #if defined(__AVX512F__)
 constexpr int kRowsMost = 6, kVecsMost = 4;
@@ -127,6 +97,57 @@ constexpr int kRowsMost = 6, kVecsMost = 2;
 #else
 constexpr int kRowsMost = 4, kVecsMost = 2;
 #endif
+
+template <class Engine, Into kInto, int kRows, int kVecs>
+ALWAYS_INLINE inline void product_tile(int64_t depth, const uint32_t* a, int64_t lda,
+                                       const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
+                                       const float* scale) {
+  // A narrow tile leaves registers free: they take sums of their own, or each multiply-add would
+  // wait for the one before.
+  constexpr int kSums = kVecs * 2 > kVecsMost ? 1 : kVecsMost / kVecs;
+  Vec sums[kSums][kRows][kVecs];
+#pragma GCC unroll 8
+  for (int n = 0; n < kSums; ++n)
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+      for (int j = 0; j < kVecs; ++j) sums[n][i][j] = Vec{};
+  const auto step = [&](int64_t k, Vec(&to)[kRows][kVecs]) ALWAYS_INLINE {
+    Vec row[kVecs];
+#pragma GCC unroll 8
+    for (int j = 0; j < kVecs; ++j) memcpy(&row[j], b + k * ldb + j * kLanes, sizeof(Vec));
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+      for (int j = 0; j < kVecs; ++j)
+        to[i][j] = Engine::multiply_add(a[i * lda + k], row[j], to[i][j]);
+  };
+  int64_t k = 0;
+  for (; k + kSums <= depth; k += kSums)
+#pragma GCC unroll 8
+    for (int n = 0; n < kSums; ++n) step(k + n, sums[n]);
+  for (; k < depth; ++k) step(k, sums[0]);
+#pragma GCC unroll 8
+  for (int n = kSums - 1; n > 0; --n)
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+      for (int j = 0; j < kVecs; ++j) sums[n / 2][i][j] += sums[n][i][j];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < kVecs; ++j) {
+      Vec before, factor;
+      if (kInto != kSet) memcpy(&before, c + i * ldc + j * kLanes, sizeof(Vec));
+      Vec sum = sums[0][i][j];
+      if (kInto == kAdd) sum += before;
+      if (kInto == kScaleAdd) {
+        memcpy(&factor, scale + j * kLanes, sizeof(Vec));
+        sum = fma(before, factor, sum);
+      }
+      memcpy(c + i * ldc + j * kLanes, &sum, sizeof(Vec));
+    }
+}
 
 template <class Engine, Into kInto, int kVecs>
 void product_columns(int64_t rows, int64_t depth, const uint32_t* a, int64_t lda,
@@ -227,6 +248,7 @@ inline void product_few_tiles(int64_t depth, const uint32_t* a, int64_t lda, con
 template <bool kAddTo>
 void product_in_tiles(int64_t rows, int64_t columns, int64_t depth, const uint32_t* a, int64_t lda,
                       const uint32_t* b, int64_t ldb, float* c, int64_t ldc) {
+  finish_stores();
   for (int64_t j = 0; j < columns; j += 32) {
     const bool across = j + 32 <= columns;
     for (int64_t i = 0; i < rows; i += 32) {

@@ -5,11 +5,13 @@ import importlib
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gradsmith_kernels import accelerate, transformers_attention
+from gradsmith_kernels import transformers_attention
 from gradsmith_kernels.testing import relative_error
 from gradsmith_kernels.transformers_attention import Mask
 
@@ -84,7 +86,7 @@ def tiny(kind, dtype=torch.float64, **changes):
             nn.init.normal_(parameter, 0, 0.3)  # attention must matter
     if kind == "gpt_oss":
         model.set_experts_implementation("eager")  # the other one takes no float64
-    return model.to(dtype).train()
+    return (model if dtype == torch.float32 else model.to(dtype)).train()
 
 
 def with_ours(model):
@@ -310,3 +312,212 @@ def test_compiled():
         found, expected = (loss_and_gradients(m, inputs) for m in (compiled, ours))
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
         inputs["position_ids"] = torch.arange(S).remainder(9).expand(3, -1)
+
+
+# ------------------------------------------------------------------------------------- the masks
+
+
+@st.composite
+def requests(draw):
+    """What transformers asks a mask function for: rows, lengths, a cache, padding, a rule."""
+    rows, q_length, window = draw(st.integers(1, 3)), draw(st.integers(1, 9)), None
+    past = draw(st.integers(0, 5))
+    asked = {"batch_size": rows, "q_length": q_length, "kv_length": q_length + past}
+    rule = draw(st.sampled_from(["causal", "window", "all", "window to both sides", "chunks"]))
+    if "window" in rule:
+        window = draw(st.integers(1, 12))
+    functions = {
+        "causal": lambda: masking.causal_mask_function,
+        "window": lambda: masking.sliding_window_causal_mask_function(window),
+        "all": lambda: masking.bidirectional_mask_function,
+        "window to both sides": lambda: masking.sliding_window_bidirectional_mask_function(window),
+        "chunks": lambda: masking.chunked_causal_mask_function(3, torch.zeros(rows, dtype=int)),
+    }
+    asked["mask_function"] = functions[rule]()
+    if rule not in ("all", "window to both sides"):
+        asked["q_offset"] = past
+    if rule == "window" and draw(st.booleans()):  # a cache that keeps what the window reaches
+        asked["kv_offset"] = max(0, past - window + 1)
+        asked["kv_length"] -= asked["kv_offset"]
+    padded = draw(st.sampled_from(["not", "left", "right", "both", "amid", "static cache"]))
+    positions = asked["kv_length"] + asked.get("kv_offset", 0)
+    if padded == "static cache":
+        asked["kv_length"] += 2
+    if padded in ("left", "right", "both", "static cache"):
+        places = st.lists(st.integers(0, positions), min_size=rows, max_size=rows)
+        a, b = torch.tensor(draw(places)), torch.tensor(draw(places))
+        begin = torch.minimum(a, b) if padded in ("left", "both") else torch.zeros(rows)
+        end = torch.maximum(a, b) if padded in ("right", "both") else torch.full((rows,), positions)
+        order = torch.arange(positions)
+        asked["attention_mask"] = (order >= begin[:, None]) & (order < end[:, None])
+    elif padded == "amid":
+        values = draw(st.lists(st.booleans(), min_size=rows * positions, max_size=rows * positions))
+        asked["attention_mask"] = torch.tensor(values).view(rows, positions)
+    elif past == 0 and rule in ("causal", "window") and draw(st.booleans()):
+        cuts = draw(st.lists(st.booleans(), min_size=rows * q_length, max_size=rows * q_length))
+        numbers = torch.tensor(cuts).view(rows, q_length).cumsum(1)
+        order = torch.arange(q_length).expand(rows, -1)
+        starts = torch.where(numbers.diff(dim=1, prepend=numbers[:, :1] - 1) != 0, order, 0)
+        asked["mask_function"] = masking.packed_sequence_compatibility_function(
+            asked["mask_function"], order - starts.cummax(1).values, numbers
+        )
+    if draw(st.booleans()):  # image tokens that see each other
+        blocks = torch.randint(-1, 2, (rows, asked["kv_length"] + asked.get("kv_offset", 0) + 9))
+        overlay = masking.blockwise_overlay(blocks)
+        both = draw(st.sampled_from([masking.or_masks, masking.and_masks]))
+        asked["mask_function"] = both(asked["mask_function"], overlay)
+    return asked
+
+
+@settings(deadline=None, max_examples=400)
+@given(requests())
+def test_every_mask_says_what_transformers_dense_one_says(asked):
+    skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    expected = masking.sdpa_mask(**asked | skips)
+    found = transformers_attention.mask(**asked | {"allow_is_bidirectional_skip": True})
+    sizes = asked["batch_size"], asked["q_length"], asked["kv_length"]
+    if found is None:  # causal, or all: the layer knows; one query sees all in both
+        causal = asked["q_length"] > 1 and not expected[0, 0, 0, 1:].any()
+        found = Mask(right=0 if causal else -1)
+    if isinstance(found, Mask):
+        found = found.dense(*sizes, torch.device("cpu"))
+        if "attention_mask" in asked and asked["q_length"] <= asked["attention_mask"].shape[1]:
+            # Of a query that is padding nothing is computed, and it sees nothing.
+            text = asked["attention_mask"][:, -asked["q_length"] :, None][:, None]
+            assert not (found & ~expected).any()
+            found, expected = found & text, expected & text
+    assert torch.equal(found.expand(expected.shape), expected)
+
+
+def test_a_rule_of_somebody_elses_is_dense():
+    def even(b, h, i, j):
+        return j % 2 == 0
+
+    asked = {"batch_size": 1, "q_length": 6, "kv_length": 6}
+    for function in (even, masking.and_masks(even, masking.causal_mask_function)):
+        found = transformers_attention.mask(**asked, mask_function=function)
+        expected = masking.sdpa_mask(**asked, mask_function=function, allow_is_causal_skip=False)
+        assert torch.equal(found, expected)
+
+
+def test_a_mask_that_the_model_computes_with_is_dense():
+    found = transformers_attention.mask(1, 6, 6, allow_is_causal_skip=False)
+    assert torch.equal(found[0, 0], torch.ones(6, 6, dtype=torch.bool).tril())
+
+
+# ------------------------------------------------------------------------------------- one layer
+
+
+def layer(**sizes):
+    """A stand-in for a layer, and its queries, keys and values."""
+    torch.manual_seed(0)
+    sizes = {"q": 6, "k": 6, "heads": 4, "key_heads": 2, "size": 8, "values": 8, **sizes}
+    q = torch.randn(2, sizes["heads"], sizes["q"], sizes["size"], dtype=torch.float64)
+    k = torch.randn(2, sizes["key_heads"], sizes["k"], sizes["size"], dtype=torch.float64)
+    v = torch.randn(2, sizes["key_heads"], sizes["k"], sizes["values"], dtype=torch.float64)
+    module = nn.Module()
+    module.is_causal, module.num_key_value_groups = True, sizes["heads"] // sizes["key_heads"]
+    return module, q, k, v
+
+
+def sdpa(*args, **kwargs):
+    return transformers.AttentionInterface()["sdpa"](*args, **kwargs)[0]
+
+
+def ours(*args, **kwargs):
+    out, weights = transformers_attention.attend(*args, **kwargs)
+    assert weights is None
+    return out
+
+
+def test_tensors_as_masks_and_biases():
+    inputs = layer()
+    seen = torch.rand(2, 1, 6, 6) < 0.7
+    seen[..., 0] = True
+    added = torch.zeros(seen.shape).double().masked_fill(~seen, -1e300)
+    bias = torch.randn(1, 4, 6, 6, dtype=torch.float64)
+    for mask in (None, seen, added):
+        for more in ({}, {"position_bias": bias}, {"scaling": 0.7}):
+            close(ours(*inputs, mask, **more), sdpa(*inputs, mask, **more))
+    window = Mask(left=2, right=0)
+    dense = window.dense(2, 6, 6, torch.device("cpu"))
+    found = ours(*inputs, window, position_bias=bias)
+    close(found, sdpa(*inputs, dense, position_bias=bias))
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_softcap_and_sink_are_the_same_with_a_tensor_as_mask():
+    window = Mask(3, 0, *[torch.tensor([0, 6, 8, 12], dtype=torch.int32)] * 2, 6, 6)
+    inputs = layer()
+    dense = window.dense(2, 6, 6, torch.device("cpu"))
+    added = torch.where(dense, 0.0, -1e30).double()
+    sink = torch.randn(4, dtype=torch.float64)
+    for more in ({"softcap": 2.0}, {"s_aux": sink}, {"softcap": 2.0, "s_aux": sink}):
+        close(ours(*inputs, dense, **more), ours(*inputs, window, **more))
+        close(ours(*inputs, added, **more), ours(*inputs, window, **more))
+
+
+def test_a_query_without_keys_gives_0_and_gradients_that_are_numbers():
+    for more in ({}, {"softcap": 2.0}):
+        module, *tensors = layer()
+        seen = torch.ones(6, 6, dtype=torch.bool).tril(-1).expand(2, 1, 6, 6)
+        tensors = [x.requires_grad_() for x in tensors]
+        out = ours(module, *tensors, seen, **more)
+        assert (out[:, 0] == 0).all()
+        out.sum().backward()
+        assert all(x.grad.isfinite().all() for x in tensors)
+
+
+def test_head_sizes():
+    for sizes in ({"size": 264, "values": 264}, {"values": 6}, {"size": 6, "values": 9}):
+        inputs = layer(**sizes)
+        close(ours(*inputs, None), sdpa(*inputs, None))
+        window = Mask(left=2, right=0)
+        close(ours(*inputs, window), sdpa(*inputs, window.dense(2, 6, 6, torch.device("cpu"))))
+
+
+def test_the_beginning_of_a_static_cache():
+    inputs = layer(q=3, k=9)
+    close(ours(*inputs, None), sdpa(*inputs, None))
+
+
+def test_one_row_of_queries_for_all():
+    module, q, k, v = layer()
+    found = ours(module, q[:1], k, v, None, is_causal=False)
+    close(found, sdpa(module, q[:1], k, v, None, is_causal=False))
+
+
+def test_autocast_computes_in_its_dtype():
+    module, q, k, v = layer()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ours(module, q.float(), k.float(), v.bfloat16(), None)
+        expected = sdpa(module, q.float(), k.float(), v.bfloat16(), None)
+    assert out.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(out, expected, rtol=0.02, atol=0.02)
+
+
+def test_what_it_cannot_do_is_refused():
+    inputs = layer()
+    with pytest.raises(ValueError, match="passes indices to attention"):
+        ours(*inputs, None, indices=torch.zeros(1))
+    with pytest.raises(TypeError, match="attention_mask is a str"):
+        ours(*inputs, "mask")
+
+
+def test_fake_tensors():
+    fake = importlib.import_module("torch._subclasses.fake_tensor").FakeTensorMode
+    with fake(allow_non_fake_inputs=True):
+        model = with_ours(tiny("llama", torch.float32))
+        for case in ("plain", "packed", "left"):
+            inputs = {name: torch.zeros(3, S, dtype=torch.int64) for name in batch(case)
+                      if name != "use_cache"}  # fmt: skip
+            assert model(**inputs, use_cache=False).logits.shape == (3, S, VOCABULARY)
+
+
+def test_an_older_mask_interface_is_refused(monkeypatch):
+    monkeypatch.setattr(masking, "sdpa_mask", lambda batch_size, cache_position, kv_length: None)
+    with pytest.raises(RuntimeError, match="asks for masks in another way"):
+        transformers_attention.register()

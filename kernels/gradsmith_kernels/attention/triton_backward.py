@@ -68,7 +68,7 @@ def delta_kernel(
 
 
 @triton.jit
-def score_gradient(
+def weigh(
     products,
     dp,
     i,
@@ -78,7 +78,6 @@ def score_gradient(
     seed,
     lse,
     rest,
-    delta,
     queries,
     keys,
     factor,
@@ -94,9 +93,17 @@ def score_gradient(
     DROPOUT: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """p as it met v (without keep_scale), and ds without the scale; from q.k and dp = dout.v."""
+    """From q.k and dout.v: p; p as it met v (but for keep_scale); its gradient; softcap's slope."""
     x = tanh(products * inner, EXACT) if SOFTCAP else products
-    p = power(x * factor - lse - rest if EXACT else x * factor - lse * LOG2E, EXACT)
+    if EXACT:
+        # score - lse is larger than any score - peak of the forward pass: so with what it loses.
+        score = x * factor
+        exponent = score - lse
+        back = exponent - score
+        lost = (score - (exponent - back)) - (lse + back)
+        p = power(exponent, EXACT) * (1 + (lost - rest))
+    else:
+        p = power(x * factor - lse * LOG2E, EXACT)
     if MASKED:
         p = tl.where(visible(i, j, queries, keys, left, right, LEFT, RIGHT), p, 0.0)
     dropped = p
@@ -104,10 +111,8 @@ def score_gradient(
         keep = kept(seed, i, j, h, b, threshold)
         dropped = tl.where(keep, p, 0.0)
         dp = tl.where(keep, dp * keep_scale, 0.0)
-    ds = p * (dp - delta)
-    if SOFTCAP:
-        ds *= 1 - x * x
-    return dropped, ds
+    slope = 1 - x * x if SOFTCAP else 1.0
+    return p, dropped, dp, slope
 
 
 @triton.jit
@@ -123,6 +128,7 @@ def query_gradient_kernel(
     dout_ptr,
     lse_ptr,
     rest_ptr,
+    dlse_ptr,
     delta_ptr,
     dq_ptr,
     seed_ptr,
@@ -152,6 +158,7 @@ def query_gradient_kernel(
     right,
     threshold,
     keep_scale,
+    DLSE: tl.constexpr,
     VARLEN: tl.constexpr,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
@@ -162,7 +169,10 @@ def query_gradient_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """dq of BLOCK_M queries of one head of one sequence; the walk of `forward_kernel`."""
+    """dq of BLOCK_M queries of one head of one sequence, and a better delta where they see few keys.
+
+    The walk is that of `forward_kernel`. It comes before `key_gradient_kernel`, which needs delta.
+    """
     EXACT: tl.constexpr = dq_ptr.dtype.element_ty == tl.float32
     program = tl.program_id(0)
     tile, h, b = program % tiles, program // tiles % heads, program // tiles // heads
@@ -186,10 +196,47 @@ def query_gradient_kernel(
     at = statistics_rows(0, batch, h, begin_q, rows_q, heads) + i
     lse = tl.load(lse_ptr + at, i < queries, 0.0)[:, None]
     rest = tl.load(rest_ptr + at, i < queries, 0.0)[:, None] if EXACT else 0.0
-    delta = tl.load(delta_ptr + at, i < queries, 0.0)[:, None]
+    delta = tl.load(delta_ptr + at, i < queries, 0.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     lo, full_lo, full_hi, hi = keys_of(m, queries, keys, left, right, LEFT, RIGHT, BLOCK_M, BLOCK_N)
+    if hi - lo <= BLOCK_M + BLOCK_N:
+        # Where a query sees few keys, dp - delta is small, and shows that out was rounded. The sum
+        # of p * dp is delta, too.
+        delta = tl.zeros([BLOCK_M], tl.float32)
+        for n in range(lo, hi, BLOCK_N):
+            k_tile = load_tile(k, n, keys, k_row, True, BLOCK_N, HEAD, BLOCK_D)
+            v_tile = load_tile(v, n, keys, v_row, True, BLOCK_N, HEAD, BLOCK_D)
+            p, _, dp, _ = weigh(
+                tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee"),
+                tl.dot(dout_tile, tl.trans(v_tile), input_precision="ieee"),
+                i[:, None],
+                n + tl.arange(0, BLOCK_N)[None, :],
+                h,
+                b,
+                seed,
+                lse,
+                rest,
+                queries,
+                keys,
+                factor,
+                inner,
+                left,
+                right,
+                threshold,
+                keep_scale,
+                True,
+                LEFT,
+                RIGHT,
+                SOFTCAP,
+                DROPOUT,
+                EXACT,
+            )
+            delta += tl.sum(p * dp, 1)
+        if DLSE:
+            delta -= tl.load(dlse_ptr + at, i < queries, 0.0)
+        tl.store(delta_ptr + at, delta, i < queries)
+
     for part in tl.static_range(3):
         if part != 0 or LEFT:
             start = lo if part == 0 else (full_lo if part == 1 else full_hi)
@@ -197,7 +244,7 @@ def query_gradient_kernel(
             for n in range(start, stop, BLOCK_N):
                 k_tile = load_tile(k, n, keys, k_row, part != 1, BLOCK_N, HEAD, BLOCK_D)
                 v_tile = load_tile(v, n, keys, v_row, part != 1, BLOCK_N, HEAD, BLOCK_D)
-                _, ds = score_gradient(
+                p, _, dp, slope = weigh(
                     tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee"),
                     tl.dot(dout_tile, tl.trans(v_tile), input_precision="ieee"),
                     i[:, None],
@@ -207,7 +254,6 @@ def query_gradient_kernel(
                     seed,
                     lse,
                     rest,
-                    delta,
                     queries,
                     keys,
                     factor,
@@ -223,6 +269,7 @@ def query_gradient_kernel(
                     DROPOUT,
                     EXACT,
                 )
+                ds = p * (dp - delta[:, None]) * slope
                 dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision="ieee")
 
     out = contiguous_rows(dq_ptr, batch, h, begin_q, rows_q, heads, HEAD)
@@ -327,7 +374,7 @@ def key_gradient_kernel(
                     else:
                         rest = tl.zeros([BLOCK_M], tl.float32)
                     # Transposed, so that p and ds are the left operands, which need no copy.
-                    p, ds = score_gradient(
+                    p, dropped, dp, slope = weigh(
                         tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee"),
                         tl.dot(v_tile, tl.trans(dout_tile), input_precision="ieee"),
                         i[None, :],
@@ -337,7 +384,6 @@ def key_gradient_kernel(
                         seed,
                         lse[None, :],
                         rest[None, :],
-                        delta[None, :],
                         queries,
                         keys,
                         factor,
@@ -353,7 +399,8 @@ def key_gradient_kernel(
                         DROPOUT,
                         EXACT,
                     )
-                    dv = tl.dot(p.to(dout_tile.dtype), dout_tile, dv, input_precision="ieee")
+                    ds = p * (dp - delta[None, :]) * slope
+                    dv = tl.dot(dropped.to(dout_tile.dtype), dout_tile, dv, input_precision="ieee")
                     dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision="ieee")
 
     out = contiguous_rows(dk_ptr, batch, key_head, begin_k, rows_k, key_heads, HEAD)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E_REST = tl.constexpr(1.9259629911266175e-08)  # what float32 loses of it
 LN2 = tl.constexpr(0.6931471805599453)
 
 
@@ -149,8 +150,15 @@ def tanh(x, EXACT: tl.constexpr):
 
 @triton.jit
 def power(x, EXACT: tl.constexpr):
-    """e^x; 2^x where the scores were scaled by log2(e), which costs roundings but no product."""
-    return tl.exp(x) if EXACT else tl.exp2(x)
+    """e^x, as exact as 2^x is in hardware; or 2^x, for scores that were scaled by log2(e)."""
+    if EXACT:
+        x = tl.where(x < -200, -200.0, x)  # e^-200 is 0, and -inf would give NaN below
+        exponent = x * LOG2E
+        lost = tl.fma(x, LOG2E, -exponent) + x * LOG2E_REST
+        p = tl.exp2(exponent)
+        return p + p * (lost * LN2)
+    else:
+        return tl.exp2(x)
 
 
 # Sizes that change from call to call, and no vector's width hangs on: one compilation for all.

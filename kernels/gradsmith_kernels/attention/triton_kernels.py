@@ -24,7 +24,6 @@ from gradsmith_kernels.backends import interpreting
 from gradsmith_kernels.spec import CompileCase
 
 
-
 class Tile(NamedTuple):
     """BLOCK_M queries, BLOCK_N keys, and the launch options."""
 
