@@ -169,9 +169,9 @@ def query_gradient_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """dq of BLOCK_M queries of one head of one sequence, and a better delta where they see few keys.
+    """dq of BLOCK_M queries of one head of one sequence; the walk of `forward_kernel`.
 
-    The walk is that of `forward_kernel`. It comes before `key_gradient_kernel`, which needs delta.
+    Launched before `key_gradient_kernel`, because it replaces delta where few keys are seen.
     """
     EXACT: tl.constexpr = dq_ptr.dtype.element_ty == tl.float32
     program = tl.program_id(0)

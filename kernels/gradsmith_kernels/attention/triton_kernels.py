@@ -84,6 +84,11 @@ def _strides(name: str, x: Tensor) -> dict[str, int]:
     return {f"{name}_batch": batch, f"{name}_row": row, f"{name}_head": head}
 
 
+def _padded(head: int) -> int:
+    """BLOCK_D: tiles have sides of powers of two, and products 16 at least."""
+    return max(16, int(triton.next_power_of_2(head)))
+
+
 def _shared(
     q: Tensor,
     k: Tensor,
@@ -119,7 +124,7 @@ def _shared(
         "SOFTCAP": options.softcap > 0,
         "DROPOUT": seed is not None,
         "HEAD": q.shape[-1],
-        "BLOCK_D": max(16, triton.next_power_of_2(q.shape[-1])),
+        "BLOCK_D": _padded(q.shape[-1]),
     }
     for name, x in (("q", q), ("k", k), ("v", v)):
         arguments |= _strides(name, x)
@@ -207,5 +212,60 @@ def backward(
     return dq, dk, dv, delta
 
 
+_TYPES = {
+    **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr", "dout_ptr"), "*bf16"),
+    **dict.fromkeys(("dq_ptr", "dk_ptr", "dv_ptr", "sink_ptr"), "*bf16"),
+    **dict.fromkeys(("lse_ptr", "rest_ptr", "dlse_ptr", "delta_ptr"), "*fp32"),
+    **dict.fromkeys(("cu_q_ptr", "cu_k_ptr"), "*i32"),
+    **dict.fromkeys(("rows_q", "rows_k", "heads", "group", "tiles", "left", "right"), "i32"),
+    **dict.fromkeys(("scale", "factor", "inner", "keep_scale"), "fp32"),
+    "seed_ptr": "*i64",
+    "threshold": "i64",
+}
+
+
 def compile_cases() -> list[CompileCase]:
-    return []
+    """What `compile_checks` compiles for each chip: bfloat16 with plain causal attention, and all
+    features at once; float32."""
+    plain = {"VARLEN": False, "SINK": False, "DLSE": False}
+    plain |= {"LEFT": False, "RIGHT": True, "SOFTCAP": False, "DROPOUT": False}
+    kinds = [
+        ("causal 64", 64, torch.bfloat16, plain),
+        ("causal 128", 128, torch.bfloat16, plain),
+        ("causal 256", 256, torch.bfloat16, plain),
+        ("with everything 80", 80, torch.bfloat16, dict.fromkeys(plain, True)),
+        ("causal 128 float32", 128, torch.float32, plain),
+    ]
+    tensors = ("q", "k", "v", "out", "dout")
+    strides = [f"{name}_{part}" for name in tensors for part in ("batch", "row", "head")]
+    types = _TYPES | dict.fromkeys(strides, "i32")
+    aligned = (*(name for name, kind in types.items() if kind.startswith("*")), *strides)
+    kernels = {
+        "forward": forward_kernel,
+        "delta": delta_kernel,
+        "query_gradient": query_gradient_kernel,
+        "key_gradient": key_gradient_kernel,
+    }
+    cases = []
+    for label, head, dtype, features in kinds:
+        for name, kernel in kernels.items():
+            for chip in TILES:
+                if chip == "interpreter":
+                    continue
+                tile = DELTA if name == "delta" else tile_of(name, chip, head, dtype)
+                constants = features | {"HEAD": head, "BLOCK_D": _padded(head)}
+                constants |= {"BLOCK_M": tile.queries, "BLOCK_N": tile.keys}
+                wide = dtype == torch.float32
+                cases.append(
+                    CompileCase(
+                        f"{name} {label}",
+                        kernel,
+                        {n: "*fp32" if wide and t == "*bf16" else t for n, t in types.items()},
+                        {n: v for n, v in constants.items() if n in kernel.arg_names},
+                        aligned,
+                        tile.num_warps,
+                        tile.num_stages,
+                        (chip,),
+                    )
+                )
+    return cases
