@@ -15,12 +15,18 @@ namespace {
 
 // ---- Engines
 
+#if defined(__AVX512F__)
+constexpr int kFloatDepth = 32;
+#else
+constexpr int kFloatDepth = 16;
+#endif
+
 struct FloatEngine {
   using Element = float;
   static constexpr int kPair = 1;       // elements in a word
   static constexpr int kDepthStep = 1;  // elements
   static constexpr int kRowStep = 1;
-  static constexpr int kDepthMost = 32;  // of one sum, in words
+  static constexpr int kDepthMost = kFloatDepth;  // of one sum, in words
   static constexpr int kDegree = 6;      // of the exponential: full float32
   static constexpr bool kTiles = false;
 
@@ -310,7 +316,8 @@ inline void product_piece(int64_t rows, int64_t columns, int64_t depth, const ui
 // C (+)= A B. depth in words. `scale` [columns] is read for kScaleAdd alone.
 //
 // A sum starts at zero and joins C in the end, and a long one is cut into pieces: its rounding error
-// grows with the square root of the piece's length, not of the sequence's.
+// grows with the square root of the piece's length, not of the sequence's. The pieces are as long as
+// they may be for the error to stay that of torch's products, which sum by lanes.
 template <class Engine, Into kInto>
 inline void product(int64_t rows, int64_t columns, int64_t depth, const uint32_t* a, int64_t lda,
                     const uint32_t* b, int64_t ldb, float* c, int64_t ldc,

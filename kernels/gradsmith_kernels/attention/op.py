@@ -333,7 +333,8 @@ class _Attention(torch.autograd.Function):
 
 def _sink_gradient(sink: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     """- sum over queries of p_sink * delta, in float64: the order of the sum is then no matter."""
-    p = torch.exp(sink[:, None].double() - lse.double())
+    # Rows of no sequence have lse = -inf, and their p is 0, not infinite.
+    p = torch.exp(sink[:, None].double() - lse.double()).masked_fill(lse == -torch.inf, 0)
     terms = -p * delta
     return (terms.sum((0, 2)) if terms.dim() == 3 else terms.sum(1)).to(sink.dtype)
 

@@ -153,9 +153,8 @@ def whole_naive(inputs: Inputs, leaves: dict[str, Tensor]) -> tuple[Tensor, Tens
         piece, row = naive_attention(q[mine], k[theirs], v[theirs], sink, case, seed, b)
         pieces.append(piece)
         lse.append(row)
-    after = q.shape[0] - queries[-1]
     wide = torch.promote_types(q.dtype, torch.float32)
-    lse.append(torch.full((q.shape[1], after), -torch.inf, dtype=wide, device=q.device))
+    lse.append(q[queries[-1] :].sum(-1).to(wide).transpose(0, 1) * 0 - torch.inf)
     out = torch.cat([*pieces, q[queries[-1] :] * 0])
     return out, torch.cat(lse, 1)
 
@@ -241,7 +240,13 @@ CASES = (
     ),
     Case(lengths=PACKED, causal=True, heads=4, key_heads=2),
     Case(lengths=PACKED, window=(10, 10), padding=9, lse_gradient=True),
-    Case(lengths=((5, 90), (90, 5), (0, 3), (3, 0), (64, 64)), causal=True, sink=True, padding=3),
+    Case(
+        lengths=((5, 90), (90, 5), (0, 3), (3, 0), (64, 64)),
+        causal=True,
+        sink=True,
+        padding=3,
+        heads=8,
+    ),
     Case(lengths=PACKED, causal=True, dropout=0.2, layout="heads", size=128),
     Case(lengths=(), padding=4),
     Case(rows=1100, cols=1100, causal=True, heads=1, key_heads=1, size=128),
