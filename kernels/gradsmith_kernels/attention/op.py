@@ -64,7 +64,9 @@ def call(
     if q.dim() != dimensions:
         shape = "(B, S, H, D)" if dimensions == 4 else "(N, H, D)"
         raise ValueError(f"attention: q must be {shape}; it is {tuple(q.shape)}")
-    if len(window_size) != 2 or min(window_size) < -1:
+    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
+        raise TypeError(f"attention: window_size is {window_size}; it must be (left, right)")
+    if min(window_size) < -1:
         raise ValueError(
             f"attention: window_size is {window_size}; it must be (left, right), each at least 0, "
             "or -1 for unlimited"
