@@ -67,12 +67,14 @@ class BuildNative(build_ext):
             compiler_so_cxx=[*command, "-fPIC"], linker_so_cxx=[*command, "-shared", "-s"]
         )
 
+        extra = shlex.split(os.environ.get("CXXFLAGS", ""))
+
         def compile_one(source: str) -> list[str]:
             return self.compiler.compile(
                 [source],
                 output_dir=self.build_temp,
                 include_dirs=ext.include_dirs,
-                extra_postargs=[*FLAGS, *isa_flags(source)],
+                extra_postargs=[*FLAGS, *isa_flags(source), *extra],
                 depends=ext.depends,
             )
 
@@ -82,6 +84,7 @@ class BuildNative(build_ext):
             objects,
             self.get_ext_fullpath(ext.name),
             libraries=["dl", "pthread"],
+            extra_postargs=shlex.split(os.environ.get("LDFLAGS", "")),
             target_lang="c++",
             build_temp=self.build_temp,
         )
