@@ -25,6 +25,8 @@ from gradsmith_kernels.attention.triton_forward import (
     statistics_rows,
     store_tile,
     tanh,
+    tile_count,
+    tile_number,
     visible,
 )
 
@@ -55,10 +57,10 @@ def delta_kernel(
     tile, h, batch = program % tiles, program // tiles % heads, program // tiles // heads
     m = tile * BLOCK_M
     i = m + tl.arange(0, BLOCK_M)
-    out = head_rows(out_ptr, batch, h, 0, out_batch, out_row, out_head)
-    dout = head_rows(dout_ptr, batch, h, 0, dout_batch, dout_row, dout_head)
-    out_tile = load_tile(out, m, rows_q, out_row, True, BLOCK_M, HEAD, BLOCK_D)
-    dout_tile = load_tile(dout, m, rows_q, dout_row, True, BLOCK_M, HEAD, BLOCK_D)
+    out = head_rows(out_ptr, batch, h, 0, out_batch, out_row, out_head, False)
+    dout = head_rows(dout_ptr, batch, h, 0, dout_batch, dout_row, dout_head, False)
+    out_tile = load_tile(out, m, rows_q, out_row, True, False, False, BLOCK_M, HEAD, BLOCK_D)
+    dout_tile = load_tile(dout, m, rows_q, dout_row, True, False, False, BLOCK_M, HEAD, BLOCK_D)
     delta = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
     at = statistics_rows(0, batch, h, 0, rows_q, heads) + i
     if DLSE:
@@ -159,6 +161,7 @@ def query_gradient_kernel(
     threshold,
     keep_scale,
     DLSE: tl.constexpr,
+    TMA: tl.constexpr,
     VARLEN: tl.constexpr,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
@@ -184,15 +187,15 @@ def query_gradient_kernel(
     if m >= queries:
         return
     batch = 0 if VARLEN else b
-    q = head_rows(q_ptr, batch, h, begin_q, q_batch, q_row, q_head)
-    k = head_rows(k_ptr, batch, h // group, begin_k, k_batch, k_row, k_head)
-    v = head_rows(v_ptr, batch, h // group, begin_k, v_batch, v_row, v_head)
-    dout = head_rows(dout_ptr, batch, h, begin_q, dout_batch, dout_row, dout_head)
+    q = head_rows(q_ptr, batch, h, begin_q, q_batch, q_row, q_head, TMA)
+    k = head_rows(k_ptr, batch, h // group, begin_k, k_batch, k_row, k_head, TMA)
+    v = head_rows(v_ptr, batch, h // group, begin_k, v_batch, v_row, v_head, TMA)
+    dout = head_rows(dout_ptr, batch, h, begin_q, dout_batch, dout_row, dout_head, TMA)
     seed = tl.load(seed_ptr) if DROPOUT else 0
     i = m + tl.arange(0, BLOCK_M)
 
-    q_tile = load_tile(q, m, queries, q_row, True, BLOCK_M, HEAD, BLOCK_D)
-    dout_tile = load_tile(dout, m, queries, dout_row, True, BLOCK_M, HEAD, BLOCK_D)
+    q_tile = load_tile(q, m, queries, q_row, True, VARLEN, TMA, BLOCK_M, HEAD, BLOCK_D)
+    dout_tile = load_tile(dout, m, queries, dout_row, True, VARLEN, TMA, BLOCK_M, HEAD, BLOCK_D)
     at = statistics_rows(0, batch, h, begin_q, rows_q, heads) + i
     lse = tl.load(lse_ptr + at, i < queries, 0.0)[:, None]
     rest = tl.load(rest_ptr + at, i < queries, 0.0)[:, None] if EXACT else 0.0
@@ -200,13 +203,14 @@ def query_gradient_kernel(
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     lo, full_lo, full_hi, hi = keys_of(m, queries, keys, left, right, LEFT, RIGHT, BLOCK_M, BLOCK_N)
-    if hi - lo <= BLOCK_M + BLOCK_N:
+    if (hi - lo) * BLOCK_N <= BLOCK_M + BLOCK_N:
         # Where a query sees few keys, dp - delta is small, and shows that out was rounded. The sum
         # of p * dp is delta, too.
         delta = tl.zeros([BLOCK_M], tl.float32)
-        for n in range(lo, hi, BLOCK_N):
-            k_tile = load_tile(k, n, keys, k_row, True, BLOCK_N, HEAD, BLOCK_D)
-            v_tile = load_tile(v, n, keys, v_row, True, BLOCK_N, HEAD, BLOCK_D)
+        for t in range(lo, hi):
+            n = t * BLOCK_N
+            k_tile = load_tile(k, n, keys, k_row, True, VARLEN, TMA, BLOCK_N, HEAD, BLOCK_D)
+            v_tile = load_tile(v, n, keys, v_row, True, VARLEN, TMA, BLOCK_N, HEAD, BLOCK_D)
             p, _, dp, _ = weigh(
                 tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee"),
                 tl.dot(dout_tile, tl.trans(v_tile), input_precision="ieee"),
@@ -237,40 +241,38 @@ def query_gradient_kernel(
             delta -= tl.load(dlse_ptr + at, i < queries, 0.0)
         tl.store(delta_ptr + at, delta, i < queries)
 
-    for part in tl.static_range(3):
-        if part != 0 or LEFT:
-            start = lo if part == 0 else (full_lo if part == 1 else full_hi)
-            stop = full_lo if part == 0 else (full_hi if part == 1 else hi)
-            for n in range(start, stop, BLOCK_N):
-                k_tile = load_tile(k, n, keys, k_row, part != 1, BLOCK_N, HEAD, BLOCK_D)
-                v_tile = load_tile(v, n, keys, v_row, part != 1, BLOCK_N, HEAD, BLOCK_D)
-                p, _, dp, slope = weigh(
-                    tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee"),
-                    tl.dot(dout_tile, tl.trans(v_tile), input_precision="ieee"),
-                    i[:, None],
-                    n + tl.arange(0, BLOCK_N)[None, :],
-                    h,
-                    b,
-                    seed,
-                    lse,
-                    rest,
-                    queries,
-                    keys,
-                    factor,
-                    inner,
-                    left,
-                    right,
-                    threshold,
-                    keep_scale,
-                    part != 1,
-                    LEFT,
-                    RIGHT,
-                    SOFTCAP,
-                    DROPOUT,
-                    EXACT,
-                )
-                ds = p * (dp - delta[:, None]) * slope
-                dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision="ieee")
+    for WHOLE in tl.static_range(2):
+        for t in range(tile_count(lo, full_lo, full_hi, hi, WHOLE == 0)):
+            n = tile_number(t, lo, full_lo, full_hi, WHOLE == 0) * BLOCK_N
+            k_tile = load_tile(k, n, keys, k_row, WHOLE == 0, VARLEN, TMA, BLOCK_N, HEAD, BLOCK_D)
+            v_tile = load_tile(v, n, keys, v_row, WHOLE == 0, VARLEN, TMA, BLOCK_N, HEAD, BLOCK_D)
+            p, _, dp, slope = weigh(
+                tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee"),
+                tl.dot(dout_tile, tl.trans(v_tile), input_precision="ieee"),
+                i[:, None],
+                n + tl.arange(0, BLOCK_N)[None, :],
+                h,
+                b,
+                seed,
+                lse,
+                rest,
+                queries,
+                keys,
+                factor,
+                inner,
+                left,
+                right,
+                threshold,
+                keep_scale,
+                WHOLE == 0,
+                LEFT,
+                RIGHT,
+                SOFTCAP,
+                DROPOUT,
+                EXACT,
+            )
+            ds = p * (dp - delta[:, None]) * slope
+            dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision="ieee")
 
     out = contiguous_rows(dq_ptr, batch, h, begin_q, rows_q, heads, HEAD)
     store_tile(out, m, queries, heads * HEAD, dq * scale, BLOCK_M, HEAD, BLOCK_D)
@@ -314,6 +316,7 @@ def key_gradient_kernel(
     right,
     threshold,
     keep_scale,
+    TMA: tl.constexpr,
     VARLEN: tl.constexpr,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
@@ -336,13 +339,13 @@ def key_gradient_kernel(
     if n >= keys:
         return
     batch = 0 if VARLEN else b
-    k = head_rows(k_ptr, batch, key_head, begin_k, k_batch, k_row, k_head)
-    v = head_rows(v_ptr, batch, key_head, begin_k, v_batch, v_row, v_head)
+    k = head_rows(k_ptr, batch, key_head, begin_k, k_batch, k_row, k_head, TMA)
+    v = head_rows(v_ptr, batch, key_head, begin_k, v_batch, v_row, v_head, TMA)
     seed = tl.load(seed_ptr) if DROPOUT else 0
     j = n + tl.arange(0, BLOCK_N)
 
-    k_tile = load_tile(k, n, keys, k_row, True, BLOCK_N, HEAD, BLOCK_D)
-    v_tile = load_tile(v, n, keys, v_row, True, BLOCK_N, HEAD, BLOCK_D)
+    k_tile = load_tile(k, n, keys, k_row, True, VARLEN, TMA, BLOCK_N, HEAD, BLOCK_D)
+    v_tile = load_tile(v, n, keys, v_row, True, VARLEN, TMA, BLOCK_N, HEAD, BLOCK_D)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 
@@ -354,54 +357,54 @@ def key_gradient_kernel(
     end = tl.minimum(queries, last - shift + left + 1) if LEFT else queries
     lo, full_lo, full_hi, hi = spans(first, first_full, end_full, end, BLOCK_M)
     for h in range(key_head * group, key_head * group + group):
-        q = head_rows(q_ptr, batch, h, begin_q, q_batch, q_row, q_head)
-        dout = head_rows(dout_ptr, batch, h, begin_q, dout_batch, dout_row, dout_head)
+        q = head_rows(q_ptr, batch, h, begin_q, q_batch, q_row, q_head, TMA)
+        dout = head_rows(dout_ptr, batch, h, begin_q, dout_batch, dout_row, dout_head, TMA)
         statistics = statistics_rows(0, batch, h, begin_q, rows_q, heads)
-        for part in tl.static_range(3):  # cut by the diagonal, whole, cut by another border
-            if part != 0 or RIGHT:
-                start = lo if part == 0 else (full_lo if part == 1 else full_hi)
-                stop = full_lo if part == 0 else (full_hi if part == 1 else hi)
-                for m in range(start, stop, BLOCK_M):
-                    q_tile = load_tile(q, m, queries, q_row, part != 1, BLOCK_M, HEAD, BLOCK_D)
-                    dout_tile = load_tile(
-                        dout, m, queries, dout_row, part != 1, BLOCK_M, HEAD, BLOCK_D
-                    )
-                    i = m + tl.arange(0, BLOCK_M)
-                    lse = load_row(lse_ptr + statistics, i, queries, part != 1)
-                    delta = load_row(delta_ptr + statistics, i, queries, part != 1)
-                    if EXACT:
-                        rest = load_row(rest_ptr + statistics, i, queries, part != 1)
-                    else:
-                        rest = tl.zeros([BLOCK_M], tl.float32)
-                    # Transposed, so that p and ds are the left operands, which need no copy.
-                    p, dropped, dp, slope = weigh(
-                        tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee"),
-                        tl.dot(v_tile, tl.trans(dout_tile), input_precision="ieee"),
-                        i[None, :],
-                        j[:, None],
-                        h,
-                        b,
-                        seed,
-                        lse[None, :],
-                        rest[None, :],
-                        queries,
-                        keys,
-                        factor,
-                        inner,
-                        left,
-                        right,
-                        threshold,
-                        keep_scale,
-                        part != 1,
-                        LEFT,
-                        RIGHT,
-                        SOFTCAP,
-                        DROPOUT,
-                        EXACT,
-                    )
-                    ds = p * (dp - delta[None, :]) * slope
-                    dv = tl.dot(dropped.to(dout_tile.dtype), dout_tile, dv, input_precision="ieee")
-                    dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision="ieee")
+        for WHOLE in tl.static_range(2):
+            for t in range(tile_count(lo, full_lo, full_hi, hi, WHOLE == 0)):
+                m = tile_number(t, lo, full_lo, full_hi, WHOLE == 0) * BLOCK_M
+                q_tile = load_tile(
+                    q, m, queries, q_row, WHOLE == 0, VARLEN, TMA, BLOCK_M, HEAD, BLOCK_D
+                )
+                dout_tile = load_tile(
+                    dout, m, queries, dout_row, WHOLE == 0, VARLEN, TMA, BLOCK_M, HEAD, BLOCK_D
+                )
+                i = m + tl.arange(0, BLOCK_M)
+                lse = load_row(lse_ptr + statistics, i, queries, WHOLE == 0)
+                delta = load_row(delta_ptr + statistics, i, queries, WHOLE == 0)
+                if EXACT:
+                    rest = load_row(rest_ptr + statistics, i, queries, WHOLE == 0)
+                else:
+                    rest = tl.zeros([BLOCK_M], tl.float32)
+                # Transposed, so that p and ds are the left operands, which need no copy.
+                p, dropped, dp, slope = weigh(
+                    tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee"),
+                    tl.dot(v_tile, tl.trans(dout_tile), input_precision="ieee"),
+                    i[None, :],
+                    j[:, None],
+                    h,
+                    b,
+                    seed,
+                    lse[None, :],
+                    rest[None, :],
+                    queries,
+                    keys,
+                    factor,
+                    inner,
+                    left,
+                    right,
+                    threshold,
+                    keep_scale,
+                    WHOLE == 0,
+                    LEFT,
+                    RIGHT,
+                    SOFTCAP,
+                    DROPOUT,
+                    EXACT,
+                )
+                ds = p * (dp - delta[None, :]) * slope
+                dv = tl.dot(dropped.to(dout_tile.dtype), dout_tile, dv, input_precision="ieee")
+                dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision="ieee")
 
     out = contiguous_rows(dk_ptr, batch, key_head, begin_k, rows_k, key_heads, HEAD)
     store_tile(out, n, keys, key_heads * HEAD, dk * scale, BLOCK_N, HEAD, BLOCK_D)

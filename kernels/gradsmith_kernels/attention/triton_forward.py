@@ -27,15 +27,18 @@ def sequence(cu_seqlens, b, rows, VARLEN: tl.constexpr):
 
 
 @triton.jit
-def head_rows(pointer, batch, h, begin, batch_stride, row_stride, head_stride):
-    """The address of a sequence's first row in one head."""
-    offset = tl.cast(batch, tl.int64) * batch_stride + tl.cast(begin, tl.int64) * row_stride
-    return pointer + offset + tl.cast(h, tl.int64) * head_stride
+def head_rows(source, batch, h, begin, batch_stride, row_stride, head_stride, TMA: tl.constexpr):
+    """Where a sequence's first row is in one head: an address, or a descriptor and its indices."""
+    if TMA:
+        return source, batch, h, begin
+    else:
+        offset = tl.cast(batch, tl.int64) * batch_stride + tl.cast(begin, tl.int64) * row_stride
+        return source + offset + tl.cast(h, tl.int64) * head_stride
 
 
 @triton.jit
 def contiguous_rows(pointer, batch, h, begin, rows, heads, HEAD: tl.constexpr):
-    """The same in a contiguous (batch, rows, heads, HEAD)."""
+    """That address in a contiguous (batch, rows, heads, HEAD)."""
     return pointer + ((tl.cast(batch, tl.int64) * rows + begin) * heads + h) * HEAD
 
 
@@ -47,7 +50,8 @@ def statistics_rows(pointer, batch, h, begin, rows, heads):
 
 @triton.jit
 def tile_addresses(base, row, stride, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    at = tl.arange(0, ROWS)[:, None].to(tl.int64) * stride + tl.arange(0, BLOCK_D)[None, :]
+    # 64 bits to the tile, 32 bits inside it: the launcher copies what has larger strides.
+    at = tl.arange(0, ROWS)[:, None] * tl.cast(stride, tl.int32) + tl.arange(0, BLOCK_D)[None, :]
     return base + tl.cast(row, tl.int64) * stride + at
 
 
@@ -63,18 +67,26 @@ def load_tile(
     end,
     stride,
     MASKED: tl.constexpr,
+    VARLEN: tl.constexpr,
+    TMA: tl.constexpr,
     ROWS: tl.constexpr,
     HEAD: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """(ROWS, BLOCK_D) from `row` on; 0 from row `end` (if MASKED) and column HEAD on."""
-    addresses = tile_addresses(base, row, stride, ROWS, BLOCK_D)
-    if MASKED:
-        return tl.load(addresses, tile_mask(row, end, ROWS, HEAD, BLOCK_D), 0.0)
-    elif HEAD < BLOCK_D:
-        return tl.load(addresses, tl.arange(0, BLOCK_D)[None, :] < HEAD, 0.0)
+    if TMA:
+        tile = base[0].load([base[1], base[2], base[3] + row, 0]).reshape(ROWS, BLOCK_D)
+        if MASKED and VARLEN:  # the rows of the next sequence, which might be NaN
+            tile = tl.where(row + tl.arange(0, ROWS)[:, None] < end, tile, 0.0)
+        return tile
     else:
-        return tl.load(addresses)
+        addresses = tile_addresses(base, row, stride, ROWS, BLOCK_D)
+        if MASKED:
+            return tl.load(addresses, tile_mask(row, end, ROWS, HEAD, BLOCK_D), 0.0)
+        elif HEAD < BLOCK_D:
+            return tl.load(addresses, tl.arange(0, BLOCK_D)[None, :] < HEAD, 0.0)
+        else:
+            return tl.load(addresses)
 
 
 @triton.jit
@@ -88,12 +100,26 @@ def store_tile(
 
 @triton.jit
 def spans(first, first_full, end_full, end, BLOCK: tl.constexpr):
-    """Ranges of tiles: [lo, full_lo) and [full_hi, hi) are cut by a border, those between not."""
-    lo = tl.maximum(first, 0) // BLOCK * BLOCK
-    hi = tl.maximum(end, lo)
-    full_lo = tl.minimum((tl.maximum(first_full, 0) + BLOCK - 1) // BLOCK, tl.cdiv(hi, BLOCK))
+    """Tiles from lo to full_lo and from full_hi to hi are cut by a border, those between are not."""
+    lo = tl.maximum(first, 0) // BLOCK
+    hi = tl.maximum(tl.cdiv(tl.maximum(end, 0), BLOCK), lo)
+    full_lo = tl.minimum(tl.cdiv(tl.maximum(first_full, 0), BLOCK), hi)
     full_hi = tl.maximum(tl.maximum(end_full, 0) // BLOCK, full_lo)
-    return lo, full_lo * BLOCK, full_hi * BLOCK, hi
+    return lo, full_lo, full_hi, hi
+
+
+@triton.jit
+def tile_count(lo, full_lo, full_hi, hi, CUT: tl.constexpr):
+    return (full_lo - lo) + (hi - full_hi) if CUT else full_hi - full_lo
+
+
+@triton.jit
+def tile_number(t, lo, full_lo, full_hi, CUT: tl.constexpr):
+    """The t-th of the tiles that a border cuts, or of those that none cuts."""
+    if CUT:
+        return tl.where(lo + t < full_lo, lo + t, lo + t + full_hi - full_lo)
+    else:
+        return full_lo + t
 
 
 @triton.jit
@@ -197,6 +223,7 @@ def forward_kernel(
     right,
     threshold,
     keep_scale,
+    TMA: tl.constexpr,
     VARLEN: tl.constexpr,
     SINK: tl.constexpr,
     LEFT: tl.constexpr,
@@ -220,13 +247,13 @@ def forward_kernel(
     if m >= queries:
         return
     batch = 0 if VARLEN else b
-    q = head_rows(q_ptr, batch, h, begin_q, q_batch, q_row, q_head)
-    k = head_rows(k_ptr, batch, h // group, begin_k, k_batch, k_row, k_head)
-    v = head_rows(v_ptr, batch, h // group, begin_k, v_batch, v_row, v_head)
+    q = head_rows(q_ptr, batch, h, begin_q, q_batch, q_row, q_head, TMA)
+    k = head_rows(k_ptr, batch, h // group, begin_k, k_batch, k_row, k_head, TMA)
+    v = head_rows(v_ptr, batch, h // group, begin_k, v_batch, v_row, v_head, TMA)
     seed = tl.load(seed_ptr) if DROPOUT else 0
     i = m + tl.arange(0, BLOCK_M)
 
-    q_tile = load_tile(q, m, queries, q_row, True, BLOCK_M, HEAD, BLOCK_D)
+    q_tile = load_tile(q, m, queries, q_row, True, VARLEN, TMA, BLOCK_M, HEAD, BLOCK_D)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if SINK:
         sink = tl.load(sink_ptr + h).to(tl.float32)
@@ -237,34 +264,32 @@ def forward_kernel(
         total = tl.zeros([BLOCK_M], tl.float32)
 
     lo, full_lo, full_hi, hi = keys_of(m, queries, keys, left, right, LEFT, RIGHT, BLOCK_M, BLOCK_N)
-    for part in tl.static_range(3):  # cut by the window's left side, whole, cut by another border
-        if part != 0 or LEFT:
-            start = lo if part == 0 else (full_lo if part == 1 else full_hi)
-            stop = full_lo if part == 0 else (full_hi if part == 1 else hi)
-            for n in range(start, stop, BLOCK_N):
-                k_tile = load_tile(k, n, keys, k_row, part != 1, BLOCK_N, HEAD, BLOCK_D)
-                x = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-                if SOFTCAP:
-                    x = tanh(x * inner, EXACT)
-                j = n + tl.arange(0, BLOCK_N)[None, :]
-                if part == 1:
-                    new_peak = tl.maximum(peak, tl.max(x, 1) * factor)
-                    base = new_peak
-                    p = power(x * factor - base[:, None], EXACT)
-                else:
-                    mask = visible(i[:, None], j, queries, keys, left, right, LEFT, RIGHT)
-                    x = tl.where(mask, x * factor, -float("inf"))
-                    new_peak = tl.maximum(peak, tl.max(x, 1))
-                    base = tl.where(new_peak == -float("inf"), 0.0, new_peak)  # saw no key yet
-                    p = power(x - base[:, None], EXACT)
-                rescale = power(peak - base, EXACT)
-                peak = new_peak
-                total = total * rescale + tl.sum(p, 1)
-                if DROPOUT:
-                    p = tl.where(kept(seed, i[:, None], j, h, b, threshold), p, 0.0)
-                v_tile = load_tile(v, n, keys, v_row, part != 1, BLOCK_N, HEAD, BLOCK_D)
-                acc = acc * rescale[:, None]
-                acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision="ieee")
+    for WHOLE in tl.static_range(2):
+        for t in range(tile_count(lo, full_lo, full_hi, hi, WHOLE == 0)):
+            n = tile_number(t, lo, full_lo, full_hi, WHOLE == 0) * BLOCK_N
+            k_tile = load_tile(k, n, keys, k_row, WHOLE == 0, VARLEN, TMA, BLOCK_N, HEAD, BLOCK_D)
+            x = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+            if SOFTCAP:
+                x = tanh(x * inner, EXACT)
+            j = n + tl.arange(0, BLOCK_N)[None, :]
+            if WHOLE == 1:
+                new_peak = tl.maximum(peak, tl.max(x, 1) * factor)
+                base = new_peak
+                p = power(x * factor - base[:, None], EXACT)
+            else:
+                mask = visible(i[:, None], j, queries, keys, left, right, LEFT, RIGHT)
+                x = tl.where(mask, x * factor, -float("inf"))
+                new_peak = tl.maximum(peak, tl.max(x, 1))
+                base = tl.where(new_peak == -float("inf"), 0.0, new_peak)  # saw no key yet
+                p = power(x - base[:, None], EXACT)
+            rescale = power(peak - base, EXACT)
+            peak = new_peak
+            total = total * rescale + tl.sum(p, 1)
+            if DROPOUT:
+                p = tl.where(kept(seed, i[:, None], j, h, b, threshold), p, 0.0)
+            v_tile = load_tile(v, n, keys, v_row, WHOLE == 0, VARLEN, TMA, BLOCK_N, HEAD, BLOCK_D)
+            acc = acc * rescale[:, None]
+            acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision="ieee")
 
     normalizer = tl.where(total > 0, keep_scale / total, 0.0)
     out = contiguous_rows(out_ptr, batch, h, begin_q, rows_q, heads, HEAD)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gradsmith_kernels.attention.reference import Options, rest_shape, statistics_shape
 from gradsmith_kernels.attention.triton_backward import (
@@ -34,6 +35,9 @@ class Tile(NamedTuple):
 
 
 DELTA = Tile(32, 0, 4, 1)
+TMA_CHIPS = ("sm_90", "sm_100")  # whose tiles come through tensor descriptors, where these fit
+QUERY_ROWS, KEY_ROWS = ("q_ptr", "dout_ptr"), ("k_ptr", "v_ptr")
+CHIPS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 HEADS = (64, 128, 256)  # head sizes are padded to a power of two; smaller ones take 64's tiles
 TILES = {
     "sm_80": {
@@ -73,9 +77,10 @@ def _chip(device: torch.device) -> str:
     return "sm_80" if (major, minor) == (8, 0) else "sm_120"
 
 
-def _head_last(x: Tensor) -> Tensor:
-    """x with the elements of a head adjacent."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+def _readable(x: Tensor) -> Tensor:
+    """x, or a copy: the elements of a head adjacent, and a tile's within 32 bits."""
+    adjacent = x.stride(-1) == 1 or x.shape[-1] == 1
+    return x if adjacent and x.stride(-3) < 2**23 else x.contiguous()
 
 
 def _strides(name: str, x: Tensor) -> dict[str, int]:
@@ -131,12 +136,29 @@ def _shared(
     return arguments
 
 
+def _fits_tma(x: Tensor) -> bool:
+    """Whether a tensor descriptor can describe x."""
+    strides = [stride * x.element_size() for stride in x.stride()[:-1]]
+    aligned = x.data_ptr() % 16 == 0 and all(stride % 16 == 0 and stride for stride in strides)
+    return aligned and x.numel() > 0 and x.stride(-1) == 1
+
+
+def _descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Of (B, H, S, D), in tiles of one head."""
+    x = (x if x.dim() == 4 else x[None]).transpose(1, 2)
+    return TensorDescriptor.from_tensor(x, [1, 1, rows, columns])
+
+
 def _launch(kernel: Any, length: int, block: int, tile: Tile, arguments: dict[str, Any]) -> None:
     """A program for each block of `length` rows of every head of every sequence."""
     tiles = triton.cdiv(length, block)
     programs = tiles * arguments["repeats"]
     if programs:
         arguments = arguments | {"tiles": tiles, "BLOCK_M": tile.queries, "BLOCK_N": tile.keys}
+        if arguments["TMA"]:
+            rows = dict.fromkeys(QUERY_ROWS, tile.queries) | dict.fromkeys(KEY_ROWS, tile.keys)
+            for name in rows.keys() & set(kernel.arg_names):
+                arguments[name] = _descriptor(arguments[name], rows[name], arguments["BLOCK_D"])
         kernel[(programs,)](
             **{name: arguments[name] for name in kernel.arg_names},
             num_warps=tile.num_warps,
@@ -157,7 +179,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if options.scale < 0 and not options.softcap:  # the kernel takes the largest q.k for the peak
         q, options = -q, replace(options, scale=-options.scale)
-    q, k, v = (_head_last(x) for x in (q, k, v))
+    q, k, v = (_readable(x) for x in (q, k, v))
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(statistics_shape(q), dtype=torch.float32, device=q.device)
     rest = torch.empty(rest_shape(q), dtype=torch.float32, device=q.device)
@@ -165,10 +187,12 @@ def forward(
         out.zero_()
         lse.fill_(-math.inf)
         rest.zero_()
+    chip = _chip(q.device)
     arguments = _shared(q, k, v, cu_seqlens_q, cu_seqlens_k, seed, options)
+    arguments["TMA"] = chip in TMA_CHIPS and all(_fits_tma(x) for x in (q, k, v))
     arguments |= {"out_ptr": out, "lse_ptr": lse, "rest_ptr": rest, "SINK": sink is not None}
     arguments["sink_ptr"] = None if sink is None else sink.contiguous()
-    tile = tile_of("forward", _chip(q.device), q.shape[-1], q.dtype)
+    tile = tile_of("forward", chip, q.shape[-1], q.dtype)
     _launch(forward_kernel, min(options.max_seqlen_q, q.shape[-3]), tile.queries, tile, arguments)
     return out, lse, rest
 
@@ -187,12 +211,14 @@ def backward(
     seed: Tensor | None,
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    q, k, v, out, dout = (_head_last(x) for x in (q, k, v, out, dout))
+    q, k, v, out, dout = (_readable(x) for x in (q, k, v, out, dout))
     lse = lse.contiguous()
     like = torch.empty_like if cu_seqlens_q is None else torch.zeros_like  # rows in no sequence
     dq, dk, dv = (like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     delta = torch.empty_like(lse)
     arguments = _shared(q, k, v, cu_seqlens_q, cu_seqlens_k, seed, options)
+    chip = _chip(q.device)
+    arguments["TMA"] = chip in TMA_CHIPS and all(_fits_tma(x) for x in (q, k, v, dout))
     arguments |= _strides("out", out) | _strides("dout", dout)
     arguments |= {"out_ptr": out, "dout_ptr": dout, "lse_ptr": lse, "rest_ptr": rest.contiguous()}
     arguments |= {"dlse_ptr": None if dlse is None else dlse.contiguous(), "DLSE": dlse is not None}
@@ -200,8 +226,13 @@ def backward(
     rows_q, rows_k, heads = q.shape[-3], k.shape[-3], q.shape[-2]
 
     batch = q.shape[0] if q.dim() == 4 else 1
-    _launch(delta_kernel, rows_q, DELTA.queries, DELTA, arguments | {"repeats": batch * heads})
-    chip = _chip(q.device)
+    _launch(
+        delta_kernel,
+        rows_q,
+        DELTA.queries,
+        DELTA,
+        arguments | {"repeats": batch * heads, "TMA": False},
+    )
     tile = tile_of("query_gradient", chip, q.shape[-1], q.dtype)
     longest = min(options.max_seqlen_q, rows_q)
     _launch(query_gradient_kernel, longest, tile.queries, tile, arguments)
@@ -249,20 +280,24 @@ def compile_cases() -> list[CompileCase]:
     cases = []
     for label, head, dtype, features in kinds:
         for name, kernel in kernels.items():
-            for chip in TILES:
-                if chip == "interpreter":
-                    continue
+            for chip in CHIPS:
                 tile = DELTA if name == "delta" else tile_of(name, chip, head, dtype)
                 constants = features | {"HEAD": head, "BLOCK_D": _padded(head)}
                 constants |= {"BLOCK_M": tile.queries, "BLOCK_N": tile.keys}
-                wide = dtype == torch.float32
+                constants["TMA"] = chip in TMA_CHIPS
+                kind = "fp32" if dtype == torch.float32 else "bf16"
+                mine = {n: t.replace("bf16", kind) for n, t in types.items()}
+                if constants["TMA"] and name != "delta":
+                    for rows, names in ((tile.queries, QUERY_ROWS), (tile.keys, KEY_ROWS)):
+                        block = [1, 1, rows, constants["BLOCK_D"]]
+                        mine |= dict.fromkeys(names, f"tensordesc<{kind}{block}>")
                 cases.append(
                     CompileCase(
                         f"{name} {label}",
                         kernel,
-                        {n: "*fp32" if wide and t == "*bf16" else t for n, t in types.items()},
+                        mine,
                         {n: v for n, v in constants.items() if n in kernel.arg_names},
-                        aligned,
+                        tuple(n for n in aligned if not mine[n].startswith("tensordesc")),
                         tile.num_warps,
                         tile.num_stages,
                         (chip,),
