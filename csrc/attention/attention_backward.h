@@ -156,15 +156,16 @@ struct Backward {
                            scratch.q_paired);
     pack_paired<Engine, X>(dout, a.dout.row, range.queries, a.size, words, shape.columns,
                            scratch.dout_paired);
-    // In the order of the products: for a query that sees one key, dp - delta is then exactly 0.
+    // Four sums, for the latency and for the rounding error of a long one.
     for (int64_t i = 0; i < columns; i += kLanes) {
-      Vec delta{};
+      Vec sums[4] = {};
       for (int64_t k = 0; k < shape.words; ++k) {
         Vec x, y;
         memcpy(&x, scratch.out + k * kQueries + i, sizeof x);
         memcpy(&y, scratch.dout + k * kQueries + i, sizeof y);
-        delta = Engine::multiply_add(x, y, delta);
+        sums[k % 4] = Engine::multiply_add(x, y, sums[k % 4]);
       }
+      const Vec delta = (sums[0] + sums[1]) + (sums[2] + sums[3]);
       memcpy(state.delta + i, &delta, sizeof delta);
     }
     for (int64_t i = 0; i < columns; ++i) {

@@ -114,39 +114,42 @@ void attention_backward(Attention a, const AttentionBatch& batch, int dtype, int
   // queries a share at least, or the adding would cost more than a few per cent.
   const int64_t heads = int64_t(all.size()) * a.key_heads;
   const auto shares_of = [&](const AttentionSequence& s) {
-    const int64_t wanted = heads ? blocks_of(16, heads) : 1;
+    const int64_t wanted = blocks_of(16, heads);
     const int64_t most = blocks_of(s.rows, kBackwardQueries) / 4;
     return std::max<int64_t>(1, std::min(wanted, most));
   };
+  const auto sums_of = [&](const AttentionSequence& s) {  // dk or dv, in floats
+    return blocks_of(s.cols, kKeyBlock) * kKeyBlock * columns;
+  };
   struct Task {
-    int32_t sequence;
-    int64_t sums;  // offset of dk, dv, in floats
+    const AttentionSequence* sequence;
     AttentionShare share;
+    int64_t sums;  // offset of its dk and dv, in floats; -1: a thread's memory, for the only task
   };
   std::vector<Task> tasks;
-  int64_t sums = 0;
+  int64_t sums = 0, most_sums = 0;
   for (const auto& s : all)
     for (int64_t head = 0; head < a.key_heads; ++head)
       for (int64_t i = 0, n = shares_of(s); i < n; ++i) {
-        tasks.push_back({int32_t(s.index), sums, {head, i, n, nullptr, nullptr}});
-        sums += 2 * blocks_of(s.cols, kKeyBlock) * kKeyBlock * columns;
+        tasks.push_back({&s, {head, i, n, nullptr, nullptr}, n > 1 ? sums : -1});
+        if (n > 1)
+          sums += 2 * sums_of(s);
+        else
+          most_sums = std::max(most_sums, 2 * sums_of(s));
       }
 
+  const size_t kernel_bytes = Workspace::padded(sizes.backward_bytes);
+  const size_t thread_bytes = kernel_bytes + Workspace::padded(4 * most_sums);
   Workspace memory;
   const auto keys = memory.plan(4 * rows * sizes.row_words);
   const auto values = memory.plan(4 * rows * sizes.row_words);
   const auto turned = memory.plan(4 * rows / kKeyBlock * sizes.turned_words);
-  const auto sums_at = memory.plan(4 * sums);
-  const auto scratch = memory.plan(threads * Workspace::padded(sizes.backward_bytes));
+  const auto shared_sums = memory.plan(4 * sums);
+  const auto scratch = memory.plan(int64_t(size_t(threads) * thread_bytes));
   memory.take();
   a.packed_keys = memory[keys];
   a.packed_values = memory[values];
   a.packed_keys_turned = memory[turned];
-  for (auto& task : tasks) {
-    const auto& s = all[size_t(task.sequence)];
-    task.share.dk = reinterpret_cast<float*>(memory[sums_at]) + task.sums;
-    task.share.dv = task.share.dk + blocks_of(s.cols, kKeyBlock) * kKeyBlock * columns;
-  }
 
   const auto blocks = key_blocks(all, a.key_heads);
   parallel_tasks(threads, int64_t(blocks.size()), [&](int64_t i, int) {
@@ -154,30 +157,40 @@ void attention_backward(Attention a, const AttentionBatch& batch, int dtype, int
     table.pack(a, all[size_t(b.sequence)], b.head, b.block, true);
   });
   // The longest first, so that the threads end together.
-  std::vector<int32_t> order(tasks.size());
-  for (size_t i = 0; i < order.size(); ++i) order[i] = int32_t(i);
-  const auto cost = [&](int32_t i) {
-    const auto& s = all[size_t(tasks[size_t(i)].sequence)];
-    return s.rows * s.cols / tasks[size_t(i)].share.step;
+  std::vector<size_t> order(tasks.size());
+  for (size_t i = 0; i < order.size(); ++i) order[i] = i;
+  const auto cost = [&](size_t i) {
+    return tasks[i].sequence->rows * tasks[i].sequence->cols / tasks[i].share.step;
   };
   std::stable_sort(order.begin(), order.end(),
-                   [&](int32_t i, int32_t j) { return cost(i) > cost(j); });
+                   [&](size_t i, size_t j) { return cost(i) > cost(j); });
   parallel_tasks(threads, int64_t(tasks.size()), [&](int64_t i, int thread) {
-    const Task& t = tasks[size_t(order[size_t(i)])];
-    table.backward(a, all[size_t(t.sequence)], t.share,
-                   memory[scratch] + thread * Workspace::padded(sizes.backward_bytes));
+    Task& task = tasks[order[size_t(i)]];
+    const AttentionSequence& s = *task.sequence;
+    char* const mine = memory[scratch] + size_t(thread) * thread_bytes;
+    task.share.dk = task.sums < 0 ? reinterpret_cast<float*>(mine + kernel_bytes)
+                                  : reinterpret_cast<float*>(memory[shared_sums]) + task.sums;
+    task.share.dv = task.share.dk + sums_of(s);
+    table.backward(a, s, task.share, mine);
+    if (task.sums < 0)
+      for (int64_t block = 0; block < blocks_of(s.cols, kKeyBlock); ++block)
+        table.finish(a, s, &task.share, 1, block);
   });
-  // The shares of a head stand one after the other, heads as in key_blocks.
+
+  // The shares of a head stand one after the other.
   std::vector<AttentionShare> shares;
-  std::vector<size_t> first_share;
-  for (const auto& task : tasks) {
-    if (task.share.first == 0) first_share.push_back(shares.size());
-    shares.push_back(task.share);
-  }
-  parallel_tasks(threads, int64_t(blocks.size()), [&](int64_t i, int) {
-    const Block& b = blocks[size_t(i)];
-    const AttentionShare* const share =
-        &shares[first_share[size_t(b.sequence * a.key_heads + b.head)]];
-    table.finish(a, all[size_t(b.sequence)], share, share->step, b.block);
+  for (const auto& task : tasks) shares.push_back(task.share);
+  struct Sum {
+    size_t task;
+    int64_t block;
+  };
+  std::vector<Sum> open;
+  for (size_t i = 0; i < tasks.size(); ++i)
+    if (tasks[i].sums >= 0 && tasks[i].share.first == 0)
+      for (int64_t block = 0; block < blocks_of(tasks[i].sequence->cols, kKeyBlock); ++block)
+        open.push_back({i, block});
+  parallel_tasks(threads, int64_t(open.size()), [&](int64_t i, int) {
+    const auto [task, block] = open[size_t(i)];
+    table.finish(a, *tasks[task].sequence, &shares[task], shares[task].step, block);
   });
 }

@@ -49,11 +49,14 @@ def cases(draw):
 
 
 def worst_share(case, dtype, backend):
-    """The largest error as a share of its bound, which is doubled: drawn cases are small, so their
-    naive errors scatter more than those of the spec's samples. A wrong mask misses by far."""
+    """The largest error as a share of what passes.
+
+    Drawn cases may be of a few numbers, or of gradients that cancel (one key: dq is 0), so the bound
+    is doubled and has a floor. A wrong mask misses it by far, in float32 by a thousand times.
+    """
     verdicts = testing.parity(SPEC, sample(case, dtype), backend, CPU)
     assert all(verdict.repeats for verdict in verdicts)
-    floor = 8 * testing.UNIT_ROUNDOFF[dtype]
+    floor = 1e-5 if dtype == torch.float32 else 16 * testing.UNIT_ROUNDOFF[dtype]
     return max(v.error / max(2 * v.bound, floor) for v in verdicts)
 
 

@@ -329,14 +329,17 @@ class _Attention(torch.autograd.Function):
         )
         dsink = None
         if sink is not None and ctx.needs_input_grad[5]:
-            dsink = _sink_gradient(sink, lse, delta)
+            dsink = _sink_gradient(sink, lse, rest, delta)
         return dq, dk, dv, None, None, dsink, None, *[None] * len(ctx.options)
 
 
-def _sink_gradient(sink: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+def _sink_gradient(sink: Tensor, lse: Tensor, rest: Tensor, delta: Tensor) -> Tensor:
     """- sum over queries of p_sink * delta, in float64: the order of the sum is then no matter."""
+    exponent = sink[:, None].double() - lse.double()
+    if rest.numel():
+        exponent = exponent - rest
     # Rows of no sequence have lse = -inf, and their p is 0, not infinite.
-    p = torch.exp(sink[:, None].double() - lse.double()).masked_fill(lse == -torch.inf, 0)
+    p = torch.exp(exponent).masked_fill(lse == -torch.inf, 0)
     terms = -p * delta
     return (terms.sum((0, 2)) if terms.dim() == 3 else terms.sum(1)).to(sink.dtype)
 
