@@ -50,10 +50,13 @@ class Mask(NamedTuple):
     max_seqlen_q: int = 0
     max_seqlen_k: int = 0
 
-    # What transformers' generation asks of a mask that it has made ahead of the model's forward.
-    ndim = 4
+    @property
+    def ndim(self) -> int:
+        """As of the tensor in whose place it is: generation asks where it makes masks ahead."""
+        return 4
 
     def contiguous(self) -> Mask:
+        """Itself; generation asks for this too."""
         return self
 
     def dense(self, rows: int, q_length: int, kv_length: int, device: torch.device) -> Tensor:

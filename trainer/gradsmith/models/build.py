@@ -105,13 +105,14 @@ def load_for_inference(
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: no tokenizer can be read there: {error}") from None
+    from ..training.engine import device
+
+    model = model.to(device()).eval()
     if kernels:
         from gradsmith_kernels import accelerate
 
         accelerate(model)
-    from ..training.engine import device
-
-    return model.to(device()).eval(), tokenizer
+    return model, tokenizer
 
 
 def _load(folder: str, dtype: torch.dtype | None) -> PreTrainedModel:
@@ -129,7 +130,6 @@ def _load(folder: str, dtype: torch.dtype | None) -> PreTrainedModel:
             dtype=dtype or "auto",
             use_safetensors=True,
             trust_remote_code=False,
-            attn_implementation="sdpa",
         )
     except (OSError, ValueError) as error:
         raise UserError(f"model.from: {folder}: no model can be read there: {error}") from None
@@ -146,9 +146,7 @@ def _from_config(
     config.bos_token_id = tokenizer.bos_token_id
     config.eos_token_id = tokenizer.eos_token_id
     config.pad_token_id = tokenizer.pad_token_id
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32, attn_implementation="sdpa"
-    )
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     # Not `model.to(dtype)`: that rounds the buffers too, and rotary frequencies must stay float32.
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)

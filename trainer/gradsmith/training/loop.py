@@ -193,7 +193,7 @@ def nll_sum(model: Any, batch: Batch) -> torch.Tensor:
     """Σ −log p(target) over a micro-batch, in float32; a scalar that can be differentiated.
 
     Packed documents do not see each other: positions restart at each of them, and without a
-    cache transformers takes the attention's blocks from the positions.
+    cache transformers derives from the positions where attention has to stop.
     """
     device = engines.device()
     logits = model(
@@ -278,8 +278,11 @@ def _build(recipe: Recipe, run: Run, fresh: bool) -> Session:
     session = Session(
         recipe, run, data, loader, engines.build_engine(recipe, model), total_steps(recipe, loader)
     )
-    session.engine.train()  # transformers loads models for inference, without their dropout
     kernels = _kernels(recipe, session.engine.module)
+    if recipe.data.packing:
+        session.engine.eval()
+        guards.check_packing(session.engine)
+    session.engine.train()  # transformers loads models for inference, without their dropout
     if start is not None:
         _resume(session, start)
     if engines.rank() == 0:
