@@ -80,8 +80,8 @@ def weigh(
     seed,
     lse,
     rest,
-    queries,
-    keys,
+    inside,
+    shift,
     factor,
     inner,
     left,
@@ -107,7 +107,7 @@ def weigh(
     else:
         p = power(x * factor - lse * LOG2E, EXACT)
     if MASKED:
-        p = tl.where(visible(i, j, queries, keys, left, right, LEFT, RIGHT), p, 0.0)
+        p = tl.where(visible(inside, i, j, shift, left, right, LEFT, RIGHT), p, 0.0)
     dropped = p
     if DROPOUT:
         keep = kept(seed, i, j, h, b, threshold)
@@ -221,8 +221,8 @@ def query_gradient_kernel(
                 seed,
                 lse,
                 rest,
-                queries,
-                keys,
+                n + tl.arange(0, BLOCK_N)[None, :] < keys,
+                keys - queries,
                 factor,
                 inner,
                 left,
@@ -256,8 +256,8 @@ def query_gradient_kernel(
                 seed,
                 lse,
                 rest,
-                queries,
-                keys,
+                n + tl.arange(0, BLOCK_N)[None, :] < keys,
+                keys - queries,
                 factor,
                 inner,
                 left,
@@ -356,12 +356,14 @@ def key_gradient_kernel(
     end_full = tl.minimum(queries, n - shift + left + 1) if LEFT else queries
     end = tl.minimum(queries, last - shift + left + 1) if LEFT else queries
     lo, full_lo, full_hi, hi = spans(first, first_full, end_full, end, BLOCK_M)
-    for h in range(key_head * group, key_head * group + group):
+    # Without disable_licm the addresses of both loops wait in registers that the sums need.
+    for h in tl.range(key_head * group, key_head * group + group, disable_licm=True):
         q = head_rows(q_ptr, batch, h, begin_q, q_batch, q_row, q_head, TMA)
         dout = head_rows(dout_ptr, batch, h, begin_q, dout_batch, dout_row, dout_head, TMA)
         statistics = statistics_rows(0, batch, h, begin_q, rows_q, heads)
         for WHOLE in tl.static_range(2):
-            for t in range(tile_count(lo, full_lo, full_hi, hi, WHOLE == 0)):
+            tiles_here = tile_count(lo, full_lo, full_hi, hi, WHOLE == 0)
+            for t in tl.range(tiles_here, disable_licm=True):
                 m = tile_number(t, lo, full_lo, full_hi, WHOLE == 0) * BLOCK_M
                 q_tile = load_tile(
                     q, m, queries, q_row, WHOLE == 0, VARLEN, TMA, BLOCK_M, HEAD, BLOCK_D
@@ -387,8 +389,8 @@ def key_gradient_kernel(
                     seed,
                     lse[None, :],
                     rest[None, :],
-                    queries,
-                    keys,
+                    i[None, :] < queries,
+                    shift,
                     factor,
                     inner,
                     left,

@@ -100,7 +100,7 @@ def store_tile(
 
 @triton.jit
 def spans(first, first_full, end_full, end, BLOCK: tl.constexpr):
-    """Tiles from lo to full_lo and from full_hi to hi are cut by a border, those between are not."""
+    """Tiles from lo to full_lo and from full_hi to hi are cut by a border, the others are not."""
     lo = tl.maximum(first, 0) // BLOCK
     hi = tl.maximum(tl.cdiv(tl.maximum(end, 0), BLOCK), lo)
     full_lo = tl.minimum(tl.cdiv(tl.maximum(first_full, 0), BLOCK), hi)
@@ -145,15 +145,18 @@ def keys_of(
 
 
 @triton.jit
-def visible(i, j, queries, keys, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
-    """Which keys which queries see; i and j are a row and a column, or the other way round."""
-    distance = j - i - (keys - queries)
-    mask = (i < queries) & (j < keys)
+def visible(inside, i, j, shift, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    """Which of the pairs that are inside the sequence the window allows.
+
+    i and j are a row and a column, or the other way round; of what the program holds, rows after
+    the sequence's end may be anything, because they are not stored.
+    """
+    distance = j - i - shift
     if LEFT:
-        mask &= distance >= -left
+        inside &= distance >= -left
     if RIGHT:
-        mask &= distance <= right
-    return mask
+        inside &= distance <= right
+    return inside
 
 
 @triton.jit
@@ -277,7 +280,7 @@ def forward_kernel(
                 base = new_peak
                 p = power(x * factor - base[:, None], EXACT)
             else:
-                mask = visible(i[:, None], j, queries, keys, left, right, LEFT, RIGHT)
+                mask = visible(j < keys, i[:, None], j, keys - queries, left, right, LEFT, RIGHT)
                 x = tl.where(mask, x * factor, -float("inf"))
                 new_peak = tl.maximum(peak, tl.max(x, 1))
                 base = tl.where(new_peak == -float("inf"), 0.0, new_peak)  # saw no key yet
