@@ -53,7 +53,7 @@ struct Backward {
     return Scratch(nothing, shape).bytes;
   }
 
-  // By query: lse to the base 2 as a whole number and a fraction, and delta.
+  // By query: lse to the base 2, in the two parts that Exponential takes, and delta.
   struct State {
     alignas(64) float whole[kQueries], fraction[kQueries], delta[kQueries];
     alignas(64) float sum[kQueries], lost[kQueries];  // of p * dp, and what rounding took from it
@@ -178,7 +178,7 @@ struct Backward {
       a.delta[at] = state.delta[i];
       if (a.lse[at] == -__builtin_inff()) continue;
       const double lse = (double(a.lse[at]) + (a.rest ? double(a.rest[at]) : 0)) * kLog2eDouble;
-      const double whole = __builtin_rint(lse);
+      const double whole = Engine::kPair == 1 ? __builtin_rint(lse) : lse;
       state.whole[i] = float(whole);
       state.fraction[i] = float(lse - whole);
     }
@@ -200,13 +200,13 @@ struct Backward {
                     bool sum, const Scratch& scratch, State& state) {
     const bool slope = a.softcap > 0;
     if (shaped(a)) shape_scores(a, scratch.scores, scratch.slope, (end - begin) * kQueries);
-    const ToExponent<Engine> to_exponent(a);
+    const Exponential<Engine> exponential(a);
     const Dropout dropout(a, s, head);
     const auto rows = sum ? weigh_rows<false, true>
                       : range.all(begin, end) && !dropout.on && !slope
                           ? weigh_rows<true, false>
                           : weigh_rows<false, false>;
-    rows(range, begin, end, part, to_exponent, slope, dropout, scratch, state);
+    rows(range, begin, end, part, exponential, slope, dropout, scratch, state);
     if (sum) return;
     // Rows and depth that only fill a tile count as zero.
     for (int64_t j = end - begin; j < round_up(end - begin, Engine::kRowStep); ++j) {
@@ -221,7 +221,7 @@ struct Backward {
 
   template <bool kPlain, bool kSum>
   static void weigh_rows(const Range& range, int64_t begin, int64_t end,
-                         const Range::Columns& part, ToExponent<Engine> to_exponent, bool slope,
+                         const Range::Columns& part, Exponential<Engine> exponential, bool slope,
                          const Dropout& dropout, const Scratch& scratch, State& state) {
     struct Pair {
       Vec p, ds;
@@ -234,10 +234,7 @@ struct Backward {
       memcpy(&whole, state.whole + i, sizeof whole);
       memcpy(&fraction, state.fraction + i, sizeof fraction);
       memcpy(&delta, state.delta + i, sizeof delta);
-      // 2^(score * to_exponent - whole - fraction), with no sum of large numbers to round.
-      const Vec n = round(fma(score, splat(to_exponent.high), -fraction));
-      const Vec f = to_exponent(score, n) - fraction;
-      Vec p = scale_by_power(power_of_two<Engine::kDegree>(f), n - whole);
+      Vec p = exponential(score, whole, fraction);
       if (!kPlain) p = seen(range.lanes(j), int32_t(i)) ? p : Vec{};
       Vec dropped = p;
       if (!kPlain && dropout.on) {

@@ -87,14 +87,14 @@ struct Forward {
                     const Range& range, int64_t begin, int64_t end, const Range::Columns& part,
                     const Scratch& scratch, State& state) {
     if (shaped(a)) shape_scores(a, scratch.scores, nullptr, (end - begin) * kQueries);
-    const ToExponent<Engine> to_exponent(a);
+    const Exponential<Engine> exponential(a);
     const Dropout dropout(a, s, head);
     const bool plain = range.all(begin, end) && !dropout.on;
     bool rescale = false;
     int64_t column = part.begin;
     const auto columns = [&](auto vecs, auto plain) {
       rescale |= weigh_columns<decltype(vecs)::value, decltype(plain)::value>(
-          range, begin, end, column, to_exponent, dropout, scratch, state);
+          range, begin, end, column, exponential, dropout, scratch, state);
       column += decltype(vecs)::value * kLanes;
     };
     // Four registers at a time hide the latency of a maximum or a sum behind the others'.
@@ -109,7 +109,7 @@ struct Forward {
 
   template <int kVecs, int kPlain>
   static bool weigh_columns(const Range& range, int64_t begin, int64_t end, int64_t column,
-                            ToExponent<Engine> to_exponent, const Dropout& dropout, const Scratch& scratch,
+                            Exponential<Engine> exponential, const Dropout& dropout, const Scratch& scratch,
                             State& state) {
     const float* const scores = scratch.scores + column;
     Vec highest[kVecs], sum[kVecs], lost[kVecs];
@@ -127,7 +127,7 @@ struct Forward {
       float* const at = state.highest + column + i * kLanes;
       Vec before;
       memcpy(&before, at, sizeof before);
-      highest[i] = max(ceil(highest[i] * to_exponent.high), before);
+      highest[i] = max(ceil(highest[i] * exponential.high), before);
       const Vec factor = scale_by_power(splat(1.0f), before - highest[i]);
       memcpy(&sum[i], state.sum + column + i * kLanes, sizeof(Vec));
       memcpy(&lost[i], state.lost + column + i * kLanes, sizeof(Vec));
@@ -141,13 +141,12 @@ struct Forward {
     const auto weight = [&](int64_t j, int i) ALWAYS_INLINE {
       Vec v;
       memcpy(&v, scores + (j - begin) * kQueries + i * kLanes, sizeof v);
-      const Vec n = round(v * to_exponent.high);
-      Vec p = scale_by_power(power_of_two<Engine::kDegree>(to_exponent(v, n)), n - highest[i]);
+      Vec p = exponential(v, highest[i], Vec{});
       if (!kPlain) p = seen(range.lanes(j), int32_t(column) + i * kLanes) ? p : Vec{};
       const Vec before = sum[i];
       sum[i] += p;
       // What the addition lost: in float32 it would grow with the length of the sequence.
-      if (Engine::kDegree == 6) lost[i] += p - (sum[i] - before);
+      if (Engine::kPair == 1) lost[i] += p - (sum[i] - before);
       if (!kPlain && dropout.on) p *= dropout(j, range.query + column + i * kLanes);
       return p;
     };

@@ -143,20 +143,28 @@ inline void shape_scores(const Attention& a, float* scores, float* slope, int64_
 
 inline bool shaped(const Attention& a) { return a.softcap > 0 || a.scale <= 0; }
 
-// What a score is multiplied with to be an exponent of two: log2(e), times the scale where
-// shape_scores has not been there. In two parts for float32, where the rounding of one would show.
+// 2^(score * log2(e) - whole - fraction), with the scale in the factor where shape_scores has not
+// been there. In float32 `whole` is a whole number; for bfloat16 it is any, and fraction is 0.
 template <class Engine>
-struct ToExponent {
-  float high, low;
+struct Exponential {
+  float high, low;  // the factor in two parts: in float32 the rounding of one would show
 
-  explicit ToExponent(const Attention& a) {
+  explicit Exponential(const Attention& a) {
     const double factor = kLog2eDouble * (shaped(a) ? 1.0 : double(a.scale));
     high = float(factor);
     low = float(factor - high);
   }
-  Vec operator()(Vec score, Vec minus) const {
-    const Vec exponent = fma(score, splat(high), -minus);
-    return Engine::kDegree == 6 ? fma(score, splat(low), exponent) : exponent;
+
+  // Without a sum of large numbers that would be rounded: the nearest whole number is taken off the
+  // exponent first, and put back as a power.
+  ALWAYS_INLINE Vec operator()(Vec score, Vec whole, Vec fraction) const {
+#if defined(__AVX512BF16__)
+    if constexpr (Engine::kPair == 2)
+      return coarse_power_of_two(fma(score, splat(high), -whole));
+#endif
+    const Vec n = round(fma(score, splat(high), -fraction));
+    const Vec f = fma(score, splat(low), fma(score, splat(high), -n)) - fraction;
+    return scale_by_power(power_of_two(f), n - whole);
   }
 };
 

@@ -27,7 +27,6 @@ struct FloatEngine {
   static constexpr int kDepthStep = 1;  // elements
   static constexpr int kRowStep = 1;
   static constexpr int kDepthMost = kFloatDepth;  // of one sum, in words
-  static constexpr int kDegree = 6;      // of the exponential: full float32
   static constexpr bool kTiles = false;
 
   ALWAYS_INLINE static Vec multiply_add(uint32_t word, Vec b, Vec c) {
@@ -47,7 +46,6 @@ struct Bf16Engine {
   static constexpr int kDepthStep = 2;
   static constexpr int kRowStep = 1;
   static constexpr int kDepthMost = 128;
-  static constexpr int kDegree = 4;
   static constexpr bool kTiles = false;
 
   ALWAYS_INLINE static Vec multiply_add(uint32_t word, Vec b, Vec c) {
@@ -72,7 +70,6 @@ struct TileEngine {
   static constexpr int kDepthStep = 32;
   static constexpr int kRowStep = 16;
   static constexpr int kDepthMost = 128;
-  static constexpr int kDegree = 4;
   static constexpr bool kTiles = true;
 
   ALWAYS_INLINE static Vec multiply_add(Vec a, Vec b, Vec c) {
