@@ -1,5 +1,5 @@
-"""The native module's code that this machine would not run by itself: AMX in an emulator of its
-instructions, and every level under AddressSanitizer."""
+"""The native module's code under watch: AMX in an emulator of its instructions, every level with
+its inputs at the edge of mapped memory, and every level under AddressSanitizer."""
 
 import os
 import shutil
@@ -48,6 +48,58 @@ def test_amx_is_right(tmp_path):
     assert result.returncode == 0, result.stderr
     if "amx" not in _native.isa_levels():
         assert int(result.stdout) > 10_000  # the tiles did the products
+
+
+GUARDED = """
+import ctypes, mmap, sys, torch
+from gradsmith_kernels import _native, testing
+from gradsmith_kernels.spec import all_specs
+
+libc = ctypes.CDLL(None, use_errno=True)
+PAGE = mmap.PAGESIZE
+
+def at_an_edge(x, last):
+    # The same tensor in memory that ends (or begins) at a page which must not be touched.
+    size = x.element_size() * (1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride())))
+    pages = -(-size // PAGE) + 2
+    memory = mmap.mmap(-1, pages * PAGE)
+    base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for page in (base, base + (pages - 1) * PAGE):
+        assert libc.mprotect(ctypes.c_void_p(page), PAGE, 0) == 0
+    offset = (pages - 1) * PAGE - size if last else PAGE
+    flat = torch.frombuffer(memory, dtype=x.dtype, offset=offset, count=size // x.element_size())
+    edge = flat.as_strided(x.shape, x.stride())
+    edge.copy_(x)
+    return edge
+
+def guarded(value, last):
+    if isinstance(value, list):
+        return [guarded(item, last) for item in value]
+    if isinstance(value, torch.Tensor) and value.numel():
+        return at_an_edge(value, last)
+    return value
+
+torch.set_num_threads(2)
+for level in _native.isa_levels():
+    _native.set_isa(level)
+    for spec in all_specs():
+        for sample in spec.samples():
+            if "cpu" in testing.backends_of(spec, sample) and "steps" not in sample.label:
+                for last in (True, False):
+                    inputs = sample.make(torch.device("cpu"))
+                    print(level, spec.op.name, sample.label, file=sys.stderr)
+                    spec.run({k: guarded(v, last) for k, v in inputs.items()}, "cpu")
+print("clean")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="protects pages")
+def test_no_read_beyond_an_input():
+    """What AddressSanitizer does not see: reads by masked vector instructions."""
+    command = [sys.executable, "-c", GUARDED]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-300:]
+    assert result.stdout.strip() == "clean"
 
 
 SANITIZED = """
