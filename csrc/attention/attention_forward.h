@@ -13,16 +13,17 @@ struct Forward {
 
   struct Scratch {
     uint32_t *queries, *p;  // Q^T [words][kQueries]; P^T [keys in words][kQueries]
-    float *scores, *out;    // S^T [kKeyBlock][kQueries]; O^T [shape.rows][kQueries]
+    float *scores[2], *out;  // S^T of two blocks, [kKeyBlock][kQueries]; O^T [shape.rows][kQueries]
     Scratch(void* memory, const Shape<Engine>& shape)
         : queries(static_cast<uint32_t*>(memory)),
           p(queries + shape.words * kQueries),
-          scores(reinterpret_cast<float*>(p + kKeyBlock / Engine::kPair * kQueries)),
-          out(scores + kKeyBlock * kQueries) {}
+          scores{reinterpret_cast<float*>(p + kKeyBlock / Engine::kPair * kQueries),
+                 scores[0] + (Engine::kTiles ? kKeyBlock * kQueries : 0)},
+          out(scores[1] + kKeyBlock * kQueries) {}
   };
 
   static int64_t scratch_bytes(const Shape<Engine>& shape) {
-    return 4 * kQueries * (shape.words + kKeyBlock / Engine::kPair + kKeyBlock + shape.rows);
+    return 4 * kQueries * (shape.words + kKeyBlock / Engine::kPair + 2 * kKeyBlock + shape.rows);
   }
 
   // A query's running maximum, its sum and what the sum lost to rounding, and what its output so far
@@ -54,117 +55,214 @@ struct Forward {
       state.sum[i] = state.lost[i] = 0;
     }
     memset(scratch.out, 0, size_t(4 * shape.rows * kQueries));
-    for (int64_t block_begin = range.begin / kKeyBlock * kKeyBlock; block_begin < range.end;
-         block_begin += kKeyBlock) {
-      int64_t begin = range.begin > block_begin ? range.begin : block_begin;
-      begin = begin / Engine::kDepthStep * Engine::kDepthStep;
-      const int64_t end =
-          range.end < block_begin + kKeyBlock ? range.end : block_begin + kKeyBlock;
-      const auto part = range.columns(begin, end, columns, 16);
-      product<Engine, kSet>(round_up(end - begin, Engine::kRowStep), part.count(), shape.words,
-                            keys + begin * shape.words, shape.words,
-                            scratch.queries + part.begin, kQueries, scratch.scores + part.begin,
-                            kQueries);
-      const bool rescale = weigh(a, s, head, range, begin, end, part, scratch, state);
-      const int64_t depth = round_up(end - begin, Engine::kDepthStep) / Engine::kPair;
-      const uint32_t* const v = values + block_begin / kKeyBlock * shape.turned_block() +
-                                (begin - block_begin) / Engine::kPair;
-      const uint32_t* const p = scratch.p + part.begin;
-      float* const out = scratch.out + part.begin;
-      if (rescale)
-        product<Engine, kScaleAdd>(shape.rows, part.count(), depth, v, shape.kTurnedWords, p,
-                                   kQueries, out, kQueries, state.rescale + part.begin);
+    const Call call{range, Exponential<Engine>(a), Dropout(a, s, head), scratch.p, state};
+    const auto score = [&](const Block& b, auto&& meanwhile) ALWAYS_INLINE {
+      product<Engine, kSet>(round_up(b.keys(), Engine::kRowStep), b.part.count(), shape.words,
+                            keys + b.begin * shape.words, shape.words,
+                            scratch.queries + b.part.begin, kQueries, b.scores + b.part.begin,
+                            kQueries, nullptr, meanwhile);
+      if (shaped(a)) shape_scores(a, b.scores, nullptr, b.keys() * kQueries);
+    };
+    const auto add_values = [&](const Block& b, auto&& meanwhile) ALWAYS_INLINE {
+      const int64_t depth = round_up(b.keys(), Engine::kDepthStep) / Engine::kPair;
+      const uint32_t* const v = values + b.base / kKeyBlock * shape.turned_block() +
+                                (b.begin - b.base) / Engine::kPair;
+      const uint32_t* const p = scratch.p + b.part.begin;
+      float* const out = scratch.out + b.part.begin;
+      if (b.rescale)
+        product<Engine, kScaleAdd>(shape.rows, b.part.count(), depth, v, shape.kTurnedWords, p,
+                                   kQueries, out, kQueries, state.rescale + b.part.begin,
+                                   meanwhile);
       else
-        product<Engine, kAdd>(shape.rows, part.count(), depth, v, shape.kTurnedWords, p, kQueries,
-                              out, kQueries);
+        product<Engine, kAdd>(shape.rows, b.part.count(), depth, v, shape.kTurnedWords, p,
+                              kQueries, out, kQueries, nullptr, meanwhile);
+    };
+    // With tiles, a block's scores are computed while the one before is weighed, and its highest are
+    // sought while that one's values are added. Without, the work on a block is done in one go.
+    if (range.begin < range.end) {
+      const NothingMeanwhile nothing;
+      Block now = next_block(range, range.first_base(), columns, scratch.scores[0], call);
+      score(now, nothing);
+      for (Highest highest{call, now}; highest();) {
+      }
+      for (int turn = 1;; turn ^= 1) {
+        const bool more = now.base + kKeyBlock < range.end;
+        Block next = now;
+        if (more)
+          next = next_block(range, now.base + kKeyBlock, columns, scratch.scores[turn], call);
+        Weigh weigh{call, now};
+        if (Engine::kTiles && more) score(next, weigh);
+        while (weigh()) {
+        }
+        pad(now, scratch.p);
+        Highest highest{call, next};
+        if (Engine::kTiles && more)
+          add_values(now, highest);
+        else
+          add_values(now, nothing);
+        if (!more) break;
+        if (!Engine::kTiles) score(next, nothing);
+        while (highest()) {
+        }
+        now = next;
+      }
     }
     Engine::end();
     finish(a, s, head, range, state, shape, scratch);
   }
 
-  // Turns the scores of keys [begin, end) into P^T. Whether the output so far must be rescaled.
-  static bool weigh(const Attention& a, const AttentionSequence& s, int64_t head,
-                    const Range& range, int64_t begin, int64_t end, const Range::Columns& part,
-                    const Scratch& scratch, State& state) {
-    if (shaped(a)) shape_scores(a, scratch.scores, nullptr, (end - begin) * kQueries);
-    const Exponential<Engine> exponential(a);
-    const Dropout dropout(a, s, head);
-    const bool plain = range.all(begin, end) && !dropout.on;
-    bool rescale = false;
-    int64_t column = part.begin;
-    const auto columns = [&](auto vecs, auto plain) {
-      rescale |= weigh_columns<decltype(vecs)::value, decltype(plain)::value>(
-          range, begin, end, column, exponential, dropout, scratch, state);
-      column += decltype(vecs)::value * kLanes;
-    };
-    // Four registers at a time hide the latency of a maximum or a sum behind the others'.
-    while (column + 4 * kLanes <= part.end)
-      plain ? columns(Constant<4>(), Constant<1>()) : columns(Constant<4>(), Constant<0>());
-    while (column < part.end) columns(Constant<16 / kLanes>(), Constant<0>());
-    const int64_t from = (end - begin + Engine::kPair - 1) / Engine::kPair;
-    const int64_t to = round_up(end - begin, Engine::kDepthStep) / Engine::kPair;
-    memset(scratch.p + from * kQueries, 0, size_t(4 * (to - from) * kQueries));
-    return rescale;
+  // What the vector work of all blocks needs.
+  struct Call {
+    const Range& range;
+    Exponential<Engine> exponential;
+    Dropout dropout;
+    uint32_t* p;
+    State& state;
+  };
+
+  // A block of keys and its scores S^T [keys][kQueries].
+  struct Block : Range::Block {
+    float* scores;
+    bool plain;    // every query of the block sees every key, and nothing is dropped
+    bool rescale;  // the output so far must be multiplied with the state's `rescale`
+  };
+
+  static Block next_block(const Range& range, int64_t base, int64_t columns, float* scores,
+                          const Call& call) {
+    const auto block = range.block(base, columns, Engine::kDepthStep, 16);
+    return {block, scores, range.all(block.begin, block.end) && !call.dropout.on, false};
   }
 
-  template <int kVecs, int kPlain>
-  static bool weigh_columns(const Range& range, int64_t begin, int64_t end, int64_t column,
-                            Exponential<Engine> exponential, const Dropout& dropout, const Scratch& scratch,
-                            State& state) {
-    const float* const scores = scratch.scores + column;
-    Vec highest[kVecs], sum[kVecs], lost[kVecs];
-    for (int i = 0; i < kVecs; ++i) highest[i] = splat(kLowest);
-    for (int64_t j = begin; j < end; ++j)
+  // Calls f<vectors, plain>(first column) on the block's columns from `column` on: four registers at a
+  // time, which hide the latency of a maximum or a sum behind each other, and then sixteen columns.
+  template <class F>
+  ALWAYS_INLINE static void on_columns(const Block& b, int64_t& column, F&& f) {
+    if (column + 4 * kLanes <= b.part.end) {
+      if (b.plain)
+        f(Constant<4>(), Constant<1>());
+      else
+        f(Constant<4>(), Constant<0>());
+      column += 4 * kLanes;
+    } else {
+      f(Constant<16 / kLanes>(), Constant<0>());
+      column += 16;
+    }
+  }
+
+  // Raises the running maxima to the block's scores, some columns at a time.
+  struct Highest {
+    const Call& call;
+    Block& block;
+    int64_t column = block.part.begin;
+
+    bool operator()() {
+      if (column >= block.part.end) return false;
+      const int64_t first = column;
+      on_columns(block, column, [&](auto vecs, auto plain) ALWAYS_INLINE {
+        raise<decltype(vecs)::value, decltype(plain)::value>(first);
+      });
+      return true;
+    }
+
+    template <int kVecs, int kPlain>
+    void raise(int64_t first) {
+      Vec highest[kVecs];
+      for (int i = 0; i < kVecs; ++i) highest[i] = splat(kLowest);
+      for (int64_t j = block.begin; j < block.end; ++j)
+        for (int i = 0; i < kVecs; ++i) {
+          Vec v;
+          memcpy(&v, block.scores + (j - block.begin) * kQueries + first + i * kLanes, sizeof v);
+          if (!kPlain)
+            v = seen(call.range.lanes(j), int32_t(first) + i * kLanes) ? v : splat(kLowest);
+          highest[i] = max(v, highest[i]);
+        }
+      State& state = call.state;
       for (int i = 0; i < kVecs; ++i) {
+        const int64_t at = first + i * kLanes;
+        Vec before, sum, lost;
+        memcpy(&before, state.highest + at, sizeof(Vec));
+        memcpy(&sum, state.sum + at, sizeof(Vec));
+        memcpy(&lost, state.lost + at, sizeof(Vec));
+        highest[i] = max(ceil(highest[i] * call.exponential.high), before);
+        const Vec factor = scale_by_power(splat(1.0f), before - highest[i]);
+        sum *= factor;
+        lost *= factor;
+        memcpy(state.highest + at, &highest[i], sizeof(Vec));
+        memcpy(state.sum + at, &sum, sizeof(Vec));
+        memcpy(state.lost + at, &lost, sizeof(Vec));
+        memcpy(state.rescale + at, &factor, sizeof(Vec));
+        block.rescale |= any_lane_differs(factor, 1.0f);
+      }
+    }
+  };
+
+  // Turns the block's scores into P^T and adds them up, some keys and columns at a time.
+  struct Weigh {
+    static constexpr int64_t kKeys = Engine::kTiles ? 4 : kKeyBlock;  // of a unit
+    const Call& call;
+    const Block& block;
+    int64_t column = block.part.begin, key = block.begin;
+
+    bool operator()() {
+      if (column >= block.part.end) return false;
+      const int64_t last = key + kKeys < block.end ? key + kKeys : block.end;
+      int64_t next = column;
+      on_columns(block, next, [&](auto vecs, auto plain) ALWAYS_INLINE {
+        weigh<decltype(vecs)::value, decltype(plain)::value>(column, key, last);
+      });
+      key = last;
+      if (key == block.end) {
+        key = block.begin;
+        column = next;
+      }
+      return true;
+    }
+
+    template <int kVecs, int kPlain>
+    void weigh(int64_t first, int64_t begin, int64_t end) {
+      State& state = call.state;
+      Vec highest[kVecs], sum[kVecs], lost[kVecs];
+      for (int i = 0; i < kVecs; ++i) {
+        memcpy(&highest[i], state.highest + first + i * kLanes, sizeof(Vec));
+        memcpy(&sum[i], state.sum + first + i * kLanes, sizeof(Vec));
+        memcpy(&lost[i], state.lost + first + i * kLanes, sizeof(Vec));
+      }
+      const auto weight = [&](int64_t j, int i) ALWAYS_INLINE {
         Vec v;
-        memcpy(&v, scores + (j - begin) * kQueries + i * kLanes, sizeof v);
+        memcpy(&v, block.scores + (j - block.begin) * kQueries + first + i * kLanes, sizeof v);
+        Vec p = call.exponential(v, highest[i], Vec{});
         if (!kPlain)
-          v = seen(range.lanes(j), int32_t(column) + i * kLanes) ? v : splat(kLowest);
-        highest[i] = max(v, highest[i]);
+          p = seen(call.range.lanes(j), int32_t(first) + i * kLanes) ? p : Vec{};
+        const Vec before = sum[i];
+        sum[i] += p;
+        // What the addition lost: in float32 it would grow with the length of the sequence.
+        if (Engine::kPair == 1) lost[i] += p - (sum[i] - before);
+        if (!kPlain && call.dropout.on)
+          p *= call.dropout(j, call.range.query + first + i * kLanes);
+        return p;
+      };
+      for (int64_t j = begin; j < end; j += Engine::kPair) {
+        uint32_t* const to = call.p + (j - block.begin) / Engine::kPair * kQueries + first;
+        for (int i = 0; i < kVecs; ++i) {
+          const Vec p = weight(j, i);
+          if constexpr (Engine::kPair == 2)
+            store_pair<Engine>(to + i * kLanes, p, j + 1 < end ? weight(j + 1, i) : Vec{});
+          else
+            memcpy(to + i * kLanes, &p, sizeof p);
+        }
       }
-    bool rescale = false;
-    for (int i = 0; i < kVecs; ++i) {
-      float* const at = state.highest + column + i * kLanes;
-      Vec before;
-      memcpy(&before, at, sizeof before);
-      highest[i] = max(ceil(highest[i] * exponential.high), before);
-      const Vec factor = scale_by_power(splat(1.0f), before - highest[i]);
-      memcpy(&sum[i], state.sum + column + i * kLanes, sizeof(Vec));
-      memcpy(&lost[i], state.lost + column + i * kLanes, sizeof(Vec));
-      sum[i] *= factor;
-      lost[i] *= factor;
-      memcpy(at, &highest[i], sizeof(Vec));
-      memcpy(state.rescale + column + i * kLanes, &factor, sizeof factor);
-      const Ints same = factor == 1.0f;
-      for (int lane = 0; lane < kLanes; ++lane) rescale |= !same[lane];
-    }
-    const auto weight = [&](int64_t j, int i) ALWAYS_INLINE {
-      Vec v;
-      memcpy(&v, scores + (j - begin) * kQueries + i * kLanes, sizeof v);
-      Vec p = exponential(v, highest[i], Vec{});
-      if (!kPlain) p = seen(range.lanes(j), int32_t(column) + i * kLanes) ? p : Vec{};
-      const Vec before = sum[i];
-      sum[i] += p;
-      // What the addition lost: in float32 it would grow with the length of the sequence.
-      if (Engine::kPair == 1) lost[i] += p - (sum[i] - before);
-      if (!kPlain && dropout.on) p *= dropout(j, range.query + column + i * kLanes);
-      return p;
-    };
-    for (int64_t j = begin; j < end; j += Engine::kPair) {
-      uint32_t* const to = scratch.p + (j - begin) / Engine::kPair * kQueries + column;
       for (int i = 0; i < kVecs; ++i) {
-        const Vec p = weight(j, i);
-        if constexpr (Engine::kPair == 2)
-          store_pair<Engine>(to + i * kLanes, p, j + 1 < end ? weight(j + 1, i) : Vec{});
-        else
-          memcpy(to + i * kLanes, &p, sizeof p);
+        memcpy(state.sum + first + i * kLanes, &sum[i], sizeof(Vec));
+        memcpy(state.lost + first + i * kLanes, &lost[i], sizeof(Vec));
       }
     }
-    for (int i = 0; i < kVecs; ++i) {
-      memcpy(state.sum + column + i * kLanes, &sum[i], sizeof(Vec));
-      memcpy(state.lost + column + i * kLanes, &lost[i], sizeof(Vec));
-    }
-    return rescale;
+  };
+
+  // Depth that only fills a step of the product counts as zero.
+  static void pad(const Block& b, uint32_t* p) {
+    const int64_t from = round_up(b.keys(), Engine::kPair) / Engine::kPair;
+    const int64_t to = round_up(b.keys(), Engine::kDepthStep) / Engine::kPair;
+    memset(p + from * kQueries, 0, size_t(4 * (to - from) * kQueries));
   }
 
   static void finish(const Attention& a, const AttentionSequence& s, int64_t head,

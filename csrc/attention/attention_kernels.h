@@ -52,6 +52,20 @@ struct Range {
     return {low <= 0 ? 0 : low / step * step, high >= columns ? columns : round_up(high, step)};
   }
 
+  // The keys of the packed block that begins at key `base` which any query sees, from a multiple of
+  // `step` on, and the queries that see any of them.
+  struct Block {
+    int64_t base, begin, end;
+    Columns part;
+    int64_t keys() const { return end - begin; }
+  };
+  Block block(int64_t base, int64_t all_columns, int64_t step, int64_t column_step) const {
+    const int64_t first = (begin > base ? begin : base) / step * step;
+    const int64_t last = end < base + kKeyBlock ? end : base + kKeyBlock;
+    return {base, first, last, columns(first, last, all_columns, column_step)};
+  }
+  int64_t first_base() const { return begin / kKeyBlock * kKeyBlock; }
+
   // The lanes (queries from `query` on) that see key j: from .first to .last.
   struct Lanes {
     int32_t first, last;

@@ -17,6 +17,18 @@ inline Ints lane_numbers() {
 
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
+inline bool any_lane_differs(Vec v, float from) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(v, splat(from), _CMP_NEQ_UQ) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(_mm256_cmp_ps(v, splat(from), _CMP_NEQ_UQ)) != 0;
+#else
+  bool differs = false;
+  for (int i = 0; i < kLanes; ++i) differs |= v[i] != from;
+  return differs;
+#endif
+}
+
 // To the nearest integer, halves to even; |v| <= 2^22 where the instruction set has no rounding.
 ALWAYS_INLINE inline Vec round(Vec v) {
 #if defined(__AVX512F__)

@@ -90,6 +90,12 @@ struct TileEngine {
 
 // ---- Products
 
+// Vector work to be done between the instructions of a tiled product, whose unit works by itself: a
+// callable that does a unit and says whether one was left. Other engines do not call it.
+struct NothingMeanwhile {
+  bool operator()() const { return false; }
+};
+
 enum Into { kSet, kAdd, kScaleAdd };  // C = AB;  C += AB;  C = C * scale[column] + AB
 
 // Registers: kRowsMost * kVecsMost sums, kVecsMost of B's row, one of A.
@@ -184,10 +190,10 @@ void product_columns(int64_t rows, int64_t depth, const uint32_t* a, int64_t lda
 
 #if defined(__AMX_BF16__)
 // Four tiles of C at a time: each tile of A and of B that is loaded is used twice.
-template <bool kAddTo>
+template <bool kAddTo, class Meanwhile>
 ALWAYS_INLINE inline void product_four_tiles(int64_t depth, const uint32_t* a, int64_t lda,
-                                             const uint32_t* b, int64_t ldb, float* c,
-                                             int64_t ldc) {
+                                             const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
+                                             Meanwhile& meanwhile) {
   const int64_t a_bytes = 4 * lda, b_bytes = 4 * ldb, c_bytes = 4 * ldc;
   if (kAddTo) {
     _tile_loadd(0, c, c_bytes);
@@ -209,6 +215,7 @@ ALWAYS_INLINE inline void product_four_tiles(int64_t depth, const uint32_t* a, i
     _tile_loadd(5, a + 16 * lda + k, a_bytes);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
+    meanwhile();
   }
   _tile_stored(0, c, c_bytes);
   _tile_stored(1, c + 16, c_bytes);
@@ -248,9 +255,10 @@ inline void product_few_tiles(int64_t depth, const uint32_t* a, int64_t lda, con
   if (kDown == 2) _tile_stored(2, c + 16 * ldc, c_bytes);
 }
 
-template <bool kAddTo>
+template <bool kAddTo, class Meanwhile>
 void product_in_tiles(int64_t rows, int64_t columns, int64_t depth, const uint32_t* a, int64_t lda,
-                      const uint32_t* b, int64_t ldb, float* c, int64_t ldc) {
+                      const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
+                      Meanwhile& meanwhile) {
   finish_stores();
   for (int64_t j = 0; j < columns; j += 32) {
     const bool across = j + 32 <= columns;
@@ -259,7 +267,7 @@ void product_in_tiles(int64_t rows, int64_t columns, int64_t depth, const uint32
       const uint32_t* const from = a + i * lda;
       float* const to = c + i * ldc + j;
       if (down && across)
-        product_four_tiles<kAddTo>(depth, from, lda, b + j, ldb, to, ldc);
+        product_four_tiles<kAddTo>(depth, from, lda, b + j, ldb, to, ldc, meanwhile);
       else if (across)
         product_few_tiles<kAddTo, 1, 2>(depth, from, lda, b + j, ldb, to, ldc);
       else if (down)
@@ -271,16 +279,17 @@ void product_in_tiles(int64_t rows, int64_t columns, int64_t depth, const uint32
 }
 #endif
 
-template <class Engine, Into kInto>
-inline void product_piece(int64_t rows, int64_t columns, int64_t depth, const uint32_t* a, int64_t lda,
-                    const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
-                    const float* scale) {
+template <class Engine, Into kInto, class Meanwhile>
+inline void product_piece(int64_t rows, int64_t columns, int64_t depth, const uint32_t* a,
+                          int64_t lda, const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
+                          const float* scale, Meanwhile& meanwhile) {
+  (void)meanwhile;
 #if defined(__AMX_BF16__)
   if constexpr (Engine::kTiles) {
     if (kInto == kScaleAdd)
       for (int64_t i = 0; i < rows; ++i)
         for (int64_t j = 0; j < columns; ++j) c[i * ldc + j] *= scale[j];
-    product_in_tiles<kInto != kSet>(rows, columns, depth, a, lda, b, ldb, c, ldc);
+    product_in_tiles<kInto != kSet>(rows, columns, depth, a, lda, b, ldb, c, ldc, meanwhile);
     return;
   } else
 #endif
@@ -315,16 +324,16 @@ inline void product_piece(int64_t rows, int64_t columns, int64_t depth, const ui
 // A sum starts at zero and joins C in the end, and a long one is cut into pieces: its rounding error
 // grows with the square root of the piece's length, not of the sequence's. The pieces are as long as
 // they may be for the error to stay that of torch's products, which sum by lanes.
-template <class Engine, Into kInto>
+template <class Engine, Into kInto, class Meanwhile = const NothingMeanwhile>
 inline void product(int64_t rows, int64_t columns, int64_t depth, const uint32_t* a, int64_t lda,
                     const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
-                    const float* scale = nullptr) {
+                    const float* scale = nullptr, Meanwhile&& meanwhile = {}) {
   const int64_t most = Engine::kDepthMost;
   product_piece<Engine, kInto>(rows, columns, depth < most ? depth : most, a, lda, b, ldb, c, ldc,
-                               scale);
+                               scale, meanwhile);
   for (int64_t k = most; k < depth; k += most)
     product_piece<Engine, kAdd>(rows, columns, depth - k < most ? depth - k : most, a + k, lda,
-                                b + k * ldb, ldb, c, ldc, nullptr);
+                                b + k * ldb, ldb, c, ldc, nullptr, meanwhile);
 }
 
 // ---- Packing

@@ -2,6 +2,8 @@
 
 import copy
 import importlib
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -521,3 +523,13 @@ def test_an_older_mask_interface_is_refused(monkeypatch):
     monkeypatch.setattr(masking, "sdpa_mask", lambda batch_size, cache_position, kv_length: None)
     with pytest.raises(RuntimeError, match="asks for masks in another way"):
         transformers_attention.register()
+
+
+def test_the_python_in_the_docs_runs(capsys):
+    text = (Path(__file__).parents[2] / "docs" / "attention.md").read_text(encoding="utf-8")
+    names = {}
+    for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        exec(compile(block, "docs/attention.md", "exec"), names)
+    assert capsys.readouterr().out.startswith("model: attention (cpu)\n")
+    assert names["out"].shape == (512, 8, 64)
+    assert names["logits"].shape == (2, 256, 128)

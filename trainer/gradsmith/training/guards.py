@@ -39,28 +39,31 @@ def check_data(data: PreparedData, sequences: Sequences) -> None:
 
 
 def check_packing(model: Any) -> None:
-    """Two rows that differ in their first document must agree in their second.
+    """Tries whether another first document changes what the model says of the second.
 
     Args:
         model: the causal LM, or an engine around it; in evaluation mode.
 
     Raises:
-        UserError: in this model packed documents see each other. transformers has some that do not
-            hand the positions to their masks, and a state-space model carries its state along.
+        UserError: it does. transformers has models that do not hand the positions to their masks,
+            and a state-space layer carries its state along.
     """
     import torch
 
     device = next(model.parameters()).device
-    positions = torch.arange(4, device=device).repeat(2, 2)
-    tokens = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7], [7, 6, 5, 4, 4, 5, 6, 7]], device=device)
-    with torch.no_grad():
-        output = model(input_ids=tokens, position_ids=positions, use_cache=False)
-    one, other = output.logits[:, 4:].double()
-    # Rounding may differ between rows; what a document adds to another is far above that.
-    if (one - other).norm() > 0.01 * one.norm():
+    positions = torch.arange(4, device=device).repeat(1, 2)
+    found = []
+    for first in ([0, 1, 2, 3], [7, 6, 5, 4]):
+        tokens = torch.tensor([[*first, 4, 5, 6, 7]], device=device)
+        with torch.no_grad():
+            output = model(input_ids=tokens, position_ids=positions, use_cache=False)
+        found.append(output.logits[:, 4:].double())
+    # Experts may get the tokens in another order and round otherwise: 1e-7 in float32. An untrained
+    # model of 32 channels says 2e-3 when it leaks, and larger ones more.
+    if (found[0] - found[1]).norm() > 1e-3 * found[0].norm():
         raise UserError(
             "data.packing: found true, but this model lets the documents of a row see each other "
-            "(transformers makes no mask from the positions for it); set data.packing to false"
+            "(transformers keeps them apart in some models only); set data.packing to false"
         )
 
 
