@@ -20,7 +20,8 @@ struct Backward {
     uint32_t *q_paired, *dout_paired;  // [kQueryWords][columns]
     uint32_t *p, *ds;                  // P^T, dS^T by rows: [kKeyBlock][kQueryWords]
     uint32_t* ds_paired;               // dS^T, pairs of keys: [kKeyWords][kQueries]
-    float *scores, *dp, *slope;        // [kKeyBlock][kQueries]
+    float *scores[2], *dp[2];          // S^T, dP^T of two blocks, [kKeyBlock][kQueries]
+    float* slope;                      // [kKeyBlock][kQueries]
     float* dq;                         // dQ^T [rows][kQueries]
 
     Scratch(void* memory, const Shape<Engine>& shape) {
@@ -39,8 +40,12 @@ struct Backward {
       ds = take(kKeyBlock * kQueryWords);
       // With one element in a word, a row of dS^T is its own pair.
       ds_paired = Engine::kPair == 1 ? ds : take(kKeyWords * kQueries);
-      scores = reinterpret_cast<float*>(take(kKeyBlock * kQueries));
-      dp = reinterpret_cast<float*>(take(kKeyBlock * kQueries));
+      for (int i = 0; i < 2; ++i) {
+        const bool another = i == 0 || Engine::kTiles;
+        const int64_t words = kKeyBlock * kQueries;
+        scores[i] = another ? reinterpret_cast<float*>(take(words)) : scores[0];
+        dp[i] = another ? reinterpret_cast<float*>(take(words)) : dp[0];
+      }
       slope = reinterpret_cast<float*>(take(kKeyBlock * kQueries));
       dq = reinterpret_cast<float*>(take(shape.rows * kQueries));
       bytes = 4 * (at - static_cast<uint32_t*>(memory));
@@ -89,46 +94,73 @@ struct Backward {
                                    at / kKeyBlock * shape.turned_block();
     State state;
     load(a, s, head, range, columns, shape, scratch, state);
-
+    const Call call{range, Exponential<Engine>(a), Dropout(a, s, head), a.softcap > 0, scratch,
+                    state, Engine::kTiles ? round_up(8192 / a.size, 16) : kQueries};
+    const auto score = [&](const Block& b, auto&& meanwhile) ALWAYS_INLINE {
+      const int64_t rows = round_up(b.keys(), Engine::kRowStep), from = b.part.begin;
+      product<Engine, kSet>(rows, b.part.count(), shape.words, keys + b.begin * shape.words,
+                            shape.words, scratch.q + from, kQueries, b.scores + from, kQueries,
+                            nullptr, meanwhile);
+      product<Engine, kSet>(rows, b.part.count(), shape.words, values + b.begin * shape.words,
+                            shape.words, scratch.dout + from, kQueries, b.dp + from, kQueries,
+                            nullptr, meanwhile);
+    };
+    const auto shape_block = [&](const Block& b) {
+      if (shaped(a)) shape_scores(a, b.scores, scratch.slope, b.keys() * kQueries);
+    };
+    const auto block_at = [&](int64_t base, int buffer) {
+      const auto block = range.block(base, columns, Engine::kDepthStep, step);
+      const bool plain = range.all(block.begin, block.end) && !call.dropout.on && !call.slope;
+      return Block{block, scratch.scores[buffer], scratch.dp[buffer], plain};
+    };
     memset(scratch.dq, 0, size_t(4 * shape.rows * kQueries));
+    const NothingMeanwhile nothing;
+
     // The sum of p * dp over the keys is delta, too, and a better one than dout . out, since out was
     // rounded. It matters to queries that see few keys, whose dp - delta is small.
-    const int64_t first_begin = range.begin / kKeyBlock * kKeyBlock;
-    const bool few = range.end - first_begin <= 2 * kKeyBlock;
-    memset(state.sum, 0, sizeof state.sum);
-    memset(state.lost, 0, sizeof state.lost);
-    for (int pass = few ? 0 : 1; pass < 2; ++pass) {
-      for (int64_t block_begin = first_begin; block_begin < range.end; block_begin += kKeyBlock) {
-        int64_t begin = range.begin > block_begin ? range.begin : block_begin;
-        begin = begin / Engine::kDepthStep * Engine::kDepthStep;
-        const int64_t end =
-            range.end < block_begin + kKeyBlock ? range.end : block_begin + kKeyBlock;
-        const auto part = range.columns(begin, end, columns, step);
-        const int64_t rows = round_up(end - begin, Engine::kRowStep);
-        const int64_t depth = round_up(end - begin, Engine::kDepthStep) / Engine::kPair;
-        product<Engine, kSet>(rows, part.count(), shape.words, keys + begin * shape.words,
-                              shape.words, scratch.q + part.begin, kQueries,
-                              scratch.scores + part.begin, kQueries);
-        product<Engine, kSet>(rows, part.count(), shape.words, values + begin * shape.words,
-                              shape.words, scratch.dout + part.begin, kQueries,
-                              scratch.dp + part.begin, kQueries);
-        weigh(a, s, head, range, begin, end, part, pass == 0, scratch, state);
-        if (pass == 0) continue;
-        const int64_t skip = part.begin / Engine::kPair;
-        const int64_t query_words = part.count() / Engine::kPair;
+    if (range.end - range.first_base() <= 2 * kKeyBlock) {
+      memset(state.sum, 0, sizeof state.sum);
+      memset(state.lost, 0, sizeof state.lost);
+      for (int64_t base = range.first_base(); base < range.end; base += kKeyBlock) {
+        const Block b = block_at(base, 0);
+        score(b, nothing);
+        shape_block(b);
+        sum_delta(call, b);
+      }
+      take_delta(a, s, head, range, state);
+    }
+
+    if (range.begin < range.end) {
+      Block now = block_at(range.first_base(), 0);
+      score(now, nothing);
+      for (int turn = 1;; turn ^= 1) {
+        const bool more = now.base + kKeyBlock < range.end;
+        const Block next = more ? block_at(now.base + kKeyBlock, turn) : now;
+        shape_block(now);
+        Weigh weigh{call, now};
+        if (Engine::kTiles && more) score(next, weigh);
+        while (weigh()) {
+        }
+        pad(now, scratch);
+        const int64_t rows = round_up(now.keys(), Engine::kRowStep);
+        const int64_t depth = round_up(now.keys(), Engine::kDepthStep) / Engine::kPair;
+        const int64_t skip = now.part.begin / Engine::kPair;
+        const int64_t query_words = now.part.count() / Engine::kPair;
         product<Engine, kAdd>(rows, shape.columns, query_words, scratch.p + skip, kQueryWords,
                               scratch.dout_paired + skip * shape.columns, shape.columns,
-                              share.dv + begin * shape.columns, shape.columns);
+                              share.dv + now.begin * shape.columns, shape.columns);
         product<Engine, kAdd>(rows, shape.columns, query_words, scratch.ds + skip, kQueryWords,
                               scratch.q_paired + skip * shape.columns, shape.columns,
-                              share.dk + begin * shape.columns, shape.columns);
-        const uint32_t* const k = turned + block_begin / kKeyBlock * shape.turned_block() +
-                                  (begin - block_begin) / Engine::kPair;
-        product<Engine, kAdd>(shape.rows, part.count(), depth, k, shape.kTurnedWords,
-                              scratch.ds_paired + part.begin, kQueries, scratch.dq + part.begin,
-                              kQueries);
+                              share.dk + now.begin * shape.columns, shape.columns);
+        const uint32_t* const k = turned + now.base / kKeyBlock * shape.turned_block() +
+                                  (now.begin - now.base) / Engine::kPair;
+        product<Engine, kAdd>(shape.rows, now.part.count(), depth, k, shape.kTurnedWords,
+                              scratch.ds_paired + now.part.begin, kQueries,
+                              scratch.dq + now.part.begin, kQueries);
+        if (!more) break;
+        if (!Engine::kTiles) score(next, nothing);
+        now = next;
       }
-      if (pass == 0) take_delta(a, s, head, range, state);
     }
     alignas(64) float scale[kQueries];
     for (int64_t i = 0; i < kQueries; ++i) scale[i] = a.scale;
@@ -193,93 +225,121 @@ struct Backward {
     }
   }
 
-  // Turns the scores of keys [begin, end) and dP^T into P^T and dS^T; or, with `sum`, only adds
-  // p * dp to the state.
-  static void weigh(const Attention& a, const AttentionSequence& s, int64_t head,
-                    const Range& range, int64_t begin, int64_t end, const Range::Columns& part,
-                    bool sum, const Scratch& scratch, State& state) {
-    const bool slope = a.softcap > 0;
-    if (shaped(a)) shape_scores(a, scratch.scores, scratch.slope, (end - begin) * kQueries);
-    const Exponential<Engine> exponential(a);
-    const Dropout dropout(a, s, head);
-    const auto rows = sum ? weigh_rows<false, true>
-                      : range.all(begin, end) && !dropout.on && !slope
-                          ? weigh_rows<true, false>
-                          : weigh_rows<false, false>;
-    rows(range, begin, end, part, exponential, slope, dropout, scratch, state);
-    if (sum) return;
-    // Rows and depth that only fill a tile count as zero.
-    for (int64_t j = end - begin; j < round_up(end - begin, Engine::kRowStep); ++j) {
+  // What the vector work of all blocks needs.
+  struct Call {
+    const Range& range;
+    Exponential<Engine> exponential;
+    Dropout dropout;
+    bool slope;
+    const Scratch& scratch;
+    State& state;
+    int64_t unit;  // columns to be weighed at a time
+  };
+
+  // A block of keys, its scores S^T and dP^T [keys][kQueries].
+  struct Block : Range::Block {
+    float *scores, *dp;
+    bool plain;  // every query sees every key, and neither dropout nor softcap is in the way
+  };
+
+  struct Gradients {
+    Vec p, ds;  // with `sum`, p * dp instead of ds
+  };
+
+  template <bool kPlain, bool kSum>
+  ALWAYS_INLINE static Gradients weight(const Call& call, const Block& b, int64_t j, int64_t i) {
+    const int64_t at = (j - b.begin) * kQueries + i;
+    const State& state = call.state;
+    Vec score, dp, whole, fraction, delta;
+    memcpy(&score, b.scores + at, sizeof score);
+    memcpy(&dp, b.dp + at, sizeof dp);
+    memcpy(&whole, state.whole + i, sizeof whole);
+    memcpy(&fraction, state.fraction + i, sizeof fraction);
+    memcpy(&delta, state.delta + i, sizeof delta);
+    Vec p = call.exponential(score, whole, fraction);
+    if (!kPlain) p = seen(call.range.lanes(j), int32_t(i)) ? p : Vec{};
+    Vec dropped = p;
+    if (!kPlain && call.dropout.on) {
+      const Vec keep = call.dropout(j, call.range.query + i);
+      dropped = p * keep;
+      dp *= keep;
+    }
+    if (kSum) return {p, p * dp};
+    Vec ds = p * (dp - delta);
+    if (!kPlain && call.slope) {
+      Vec factor;
+      memcpy(&factor, call.scratch.slope + at, sizeof factor);
+      ds *= factor;
+    }
+    return {dropped, ds};
+  }
+
+  static void sum_delta(const Call& call, const Block& b) {
+    State& state = call.state;
+    for (int64_t j = b.begin; j < b.end; ++j)
+      for (int64_t i = b.part.begin; i < b.part.end; i += kLanes) {
+        Vec sum, lost;
+        memcpy(&sum, state.sum + i, sizeof sum);
+        memcpy(&lost, state.lost + i, sizeof lost);
+        const Vec term = weight<false, true>(call, b, j, i).ds + lost, total = sum + term;
+        lost = term - (total - sum);
+        memcpy(state.sum + i, &total, sizeof total);
+        memcpy(state.lost + i, &lost, sizeof lost);
+      }
+  }
+
+  // Turns a block's scores and dP^T into P^T and dS^T, a row of words and some columns at a time.
+  struct Weigh {
+    const Call& call;
+    const Block& block;
+    int64_t key = block.begin, column = block.part.begin;
+
+    bool operator()() {
+      if (key >= block.end) return false;
+      const int64_t last = column + call.unit < block.part.end ? column + call.unit
+                                                               : block.part.end;
+      if (block.plain)
+        weigh<true>(last);
+      else
+        weigh<false>(last);
+      column = last;
+      if (column == block.part.end) {
+        column = block.part.begin;
+        key += Engine::kPair;
+      }
+      return true;
+    }
+
+    template <bool kPlain>
+    void weigh(int64_t last) {
+      const Scratch& to = call.scratch;
+      const int64_t row = key - block.begin;
+      for (int64_t i = column; i < last; i += kLanes) {
+        const Gradients one = weight<kPlain, false>(call, block, key, i);
+        if constexpr (Engine::kPair == 2) {
+          Gradients other{};
+          if (key + 1 < block.end) other = weight<kPlain, false>(call, block, key + 1, i);
+          store_two_rows(to.p + row * kQueryWords + i / 2, one.p, other.p);
+          store_two_rows(to.ds + row * kQueryWords + i / 2, one.ds, other.ds);
+          store_pair<Engine>(to.ds_paired + row / 2 * kQueries + i, one.ds, other.ds);
+        } else {
+          memcpy(to.p + row * kQueryWords + i, &one.p, sizeof(Vec));
+          memcpy(to.ds + row * kQueryWords + i, &one.ds, sizeof(Vec));
+        }
+      }
+    }
+  };
+
+  // Rows and depth that only fill a step of a product count as zero.
+  static void pad(const Block& b, const Scratch& scratch) {
+    for (int64_t j = b.keys(); j < round_up(b.keys(), Engine::kRowStep); ++j) {
       memset(scratch.p + j * kQueryWords, 0, size_t(4 * kQueryWords));
       memset(scratch.ds + j * kQueryWords, 0, size_t(4 * kQueryWords));
     }
     if (Engine::kPair == 1) return;
-    const int64_t from = (end - begin + 1) / 2;
-    const int64_t to = round_up(end - begin, Engine::kDepthStep) / Engine::kPair;
+    const int64_t from = round_up(b.keys(), Engine::kPair) / Engine::kPair;
+    const int64_t to = round_up(b.keys(), Engine::kDepthStep) / Engine::kPair;
     memset(scratch.ds_paired + from * kQueries, 0, size_t(4 * (to - from) * kQueries));
-  }
-
-  template <bool kPlain, bool kSum>
-  static void weigh_rows(const Range& range, int64_t begin, int64_t end,
-                         const Range::Columns& part, Exponential<Engine> exponential, bool slope,
-                         const Dropout& dropout, const Scratch& scratch, State& state) {
-    struct Pair {
-      Vec p, ds;
-    };
-    const auto weight = [&](int64_t j, int64_t i) ALWAYS_INLINE {
-      const int64_t at = (j - begin) * kQueries + i;
-      Vec score, dp, whole, fraction, delta;
-      memcpy(&score, scratch.scores + at, sizeof score);
-      memcpy(&dp, scratch.dp + at, sizeof dp);
-      memcpy(&whole, state.whole + i, sizeof whole);
-      memcpy(&fraction, state.fraction + i, sizeof fraction);
-      memcpy(&delta, state.delta + i, sizeof delta);
-      Vec p = exponential(score, whole, fraction);
-      if (!kPlain) p = seen(range.lanes(j), int32_t(i)) ? p : Vec{};
-      Vec dropped = p;
-      if (!kPlain && dropout.on) {
-        const Vec keep = dropout(j, range.query + i);
-        dropped = p * keep;
-        dp *= keep;
-      }
-      if (kSum) {
-        Vec sum, lost;
-        memcpy(&sum, state.sum + i, sizeof sum);
-        memcpy(&lost, state.lost + i, sizeof lost);
-        const Vec term = fma(p, dp, lost), total = sum + term;
-        lost = term - (total - sum);
-        memcpy(state.sum + i, &total, sizeof total);
-        memcpy(state.lost + i, &lost, sizeof lost);
-        return Pair{};
-      }
-      Vec ds = p * (dp - delta);
-      if (!kPlain && slope) {
-        Vec factor;
-        memcpy(&factor, scratch.slope + at, sizeof factor);
-        ds *= factor;
-      }
-      return Pair{dropped, ds};
-    };
-    if (kSum) {
-      for (int64_t j = begin; j < end; ++j)
-        for (int64_t i = part.begin; i < part.end; i += kLanes) weight(j, i);
-      return;
-    }
-    for (int64_t j = begin; j < end; j += Engine::kPair) {
-      const int64_t row = j - begin;
-      for (int64_t i = part.begin; i < part.end; i += kLanes) {
-        const Pair one = weight(j, i);
-        if constexpr (Engine::kPair == 2) {
-          const Pair other = j + 1 < end ? weight(j + 1, i) : Pair{};
-          store_two_rows(scratch.p + row * kQueryWords + i / 2, one.p, other.p);
-          store_two_rows(scratch.ds + row * kQueryWords + i / 2, one.ds, other.ds);
-          store_pair<Engine>(scratch.ds_paired + row / 2 * kQueries + i, one.ds, other.ds);
-        } else {
-          memcpy(scratch.p + row * kQueryWords + i, &one.p, sizeof(Vec));
-          memcpy(scratch.ds + row * kQueryWords + i, &one.ds, sizeof(Vec));
-        }
-      }
-    }
   }
 
   // 16 elements of a row and of the next one, kQueryWords words on.

@@ -55,7 +55,9 @@ struct Forward {
       state.sum[i] = state.lost[i] = 0;
     }
     memset(scratch.out, 0, size_t(4 * shape.rows * kQueries));
-    const Call call{range, Exponential<Engine>(a), Dropout(a, s, head), scratch.p, state};
+    // Between the tiles, as many keys as are done when the next scores are.
+    const int64_t unit = !Engine::kTiles ? kKeyBlock : a.size <= 64 ? 8 : a.size <= 128 ? 4 : 2;
+    const Call call{range, Exponential<Engine>(a), Dropout(a, s, head), scratch.p, state, unit};
     const auto score = [&](const Block& b, auto&& meanwhile) ALWAYS_INLINE {
       product<Engine, kSet>(round_up(b.keys(), Engine::kRowStep), b.part.count(), shape.words,
                             keys + b.begin * shape.words, shape.words,
@@ -118,6 +120,7 @@ struct Forward {
     Dropout dropout;
     uint32_t* p;
     State& state;
+    int64_t unit;  // keys to be weighed at a time
   };
 
   // A block of keys and its scores S^T [keys][kQueries].
@@ -198,14 +201,13 @@ struct Forward {
 
   // Turns the block's scores into P^T and adds them up, some keys and columns at a time.
   struct Weigh {
-    static constexpr int64_t kKeys = Engine::kTiles ? 4 : kKeyBlock;  // of a unit
     const Call& call;
     const Block& block;
     int64_t column = block.part.begin, key = block.begin;
 
     bool operator()() {
       if (column >= block.part.end) return false;
-      const int64_t last = key + kKeys < block.end ? key + kKeys : block.end;
+      const int64_t last = key + call.unit < block.end ? key + call.unit : block.end;
       int64_t next = column;
       on_columns(block, next, [&](auto vecs, auto plain) ALWAYS_INLINE {
         weigh<decltype(vecs)::value, decltype(plain)::value>(column, key, last);
