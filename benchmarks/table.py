@@ -41,9 +41,10 @@ def _share(row: dict[str, Any], seconds: float, rates: dict[str, float]) -> str:
     if row.get("bytes"):
         rate = row["bytes"] / seconds
         parts.append(f"{rate / 1e9:.1f} GB/s ({rate / rates['copy_bytes']:.0%} of copy)")
-    if "tokens" in row:
+    # What moves a byte for every ten operations or more is limited by them.
+    if row["flops"] > 10 * row.get("bytes", 0):
+        dtype = "fp32" if row["key"].endswith("float32") else "bf16"
         rate = row["flops"] / seconds
-        parts.append(
-            f"{rate / 1e9:.0f} GFLOP/s ({rate / rates['matmul_bf16_flops']:.0%} of the bf16 rate)"
-        )
+        share = rate / rates[f"matmul_{dtype}_flops"]
+        parts.append(f"{rate / 1e9:.0f} GFLOP/s ({share:.0%} of the {dtype} rate)")
     return ", ".join(parts)

@@ -79,7 +79,8 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> Inputs:
             return normal(*lead, heads, 2 * case.size).to(dtype).to(device)[..., ::2]
         return normal(*lead, heads, case.size).to(dtype).to(device)
 
-    rows, cols, ends = case.rows, case.cols, (None, None)
+    rows, cols = case.rows, case.cols
+    ends: tuple[Tensor | None, Tensor | None] = (None, None)
     if case.lengths is not None:
         queries = torch.tensor([0, *(n for n, _ in case.lengths)]).cumsum(0)
         keys = torch.tensor([0, *(n for _, n in case.lengths)]).cumsum(0)
@@ -253,6 +254,10 @@ CASES = (
 )
 
 
+# What a benchmark compares with; None is our own op on one thread.
+Peers = dict[str, Callable[[Inputs, dict[str, Tensor]], Tensor] | None]
+
+
 class AttentionSpec(Spec):
     op = OP
 
@@ -298,15 +303,16 @@ class AttentionSpec(Spec):
         cases = []
         for size in (64, 128):
             for length in (1024, 2048, 4096, 8192):
-                # Some 2^15 rows in all: eight sequences' heads of 4096.
+                # 8192 rows in all: a head of 8192, or eight of 1024.
                 heads = max(1, 8192 // length)
                 case = Case(
                     rows=length, cols=length, heads=heads, key_heads=heads, size=size, causal=True
                 )
-                cases += [
-                    self._bench(case, torch.bfloat16, backward, {"torch": torch_causal})
-                    for backward in (False, True)
-                ]
+                cases.append(self._bench(case, torch.bfloat16, False, {"torch": torch_causal}))
+                peers: Peers = {"torch": torch_causal}
+                if heads == 1 and size == 128:
+                    peers["gradsmith on one thread"] = None
+                cases.append(self._bench(case, torch.bfloat16, True, peers))
         plain = Case(rows=2048, cols=2048, heads=4, key_heads=4, size=128, causal=True)
         cases.append(self._bench(plain, torch.float32, True, {"torch": torch_causal}))
         window = replace(plain, rows=8192, cols=8192, heads=1, key_heads=1, window=(511, 0))
@@ -321,7 +327,7 @@ class AttentionSpec(Spec):
         case: Case,
         dtype: torch.dtype,
         backward: bool,
-        peers: dict[str, Callable[[Inputs, dict[str, Tensor]], Tensor]],
+        peers: Peers,
     ) -> BenchCase:
         def timed(function: Callable[[Inputs, dict[str, Tensor]], Any], inputs: Inputs) -> None:
             if not backward:
@@ -334,6 +340,12 @@ class AttentionSpec(Spec):
 
         def ours(inputs: Inputs, backend: str | None) -> None:
             timed(lambda inputs, leaves: run_ours(inputs, leaves, backend)[0], inputs)
+
+        def on_one_thread(inputs: Inputs) -> None:
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+            ours(inputs, None)
+            torch.set_num_threads(threads)
 
         lengths = case.lengths or ((case.rows, case.cols),) * case.batch
         left, right = case.window[0], 0 if case.causal else case.window[1]
@@ -351,7 +363,7 @@ class AttentionSpec(Spec):
             f"H {case.heads}, D {case.size}, {short}",
             partial(make_inputs, case, dtype),
             ours,
-            {name: partial(timed, peer) for name, peer in peers.items()},
+            {name: partial(timed, peer) if peer else on_one_thread for name, peer in peers.items()},
             moved * (3 if backward else 1),
             (14 if backward else 4) * case.heads * case.size * pairs,
             partial(self._check, sample(small, dtype)),
@@ -375,7 +387,8 @@ def count_allowed(rows: int, cols: int, left: int, right: int) -> int:
 
 def document_lengths(total: int) -> list[int]:
     """Lengths of 200 to 2,000 tokens that add up to `total`."""
-    lengths, step = [], 0
+    lengths: list[int] = []
+    step = 0
     while sum(lengths) < total:
         lengths.append(200 + (step * 619) % 1801)
         step += 1
