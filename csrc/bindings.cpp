@@ -96,8 +96,9 @@ AttentionView attention_view(const View& view) {
   return {pointer(address), batch, row, head};
 }
 
-// What both passes take: the shapes (batch, rows, cols, heads, key heads, size), the options (scale,
-// left, right, softcap, dropout_p, seed), the ends of packed sequences or 0, and the strides of lse.
+// What both passes take: the shapes (batch, rows, cols, heads, key heads, size), the options
+// (scale, left, right, softcap, dropout_p, seed), the ends of packed sequences or 0, and the
+// strides of lse.
 using AttentionShapes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
 using AttentionOptions = std::tuple<double, int64_t, int64_t, double, double, uint64_t>;
 using Pair = std::pair<int64_t, int64_t>;

@@ -1,8 +1,8 @@
 // Attention over blocks: what a call consists of, and the table of its kernels.
 //
 // Scores are computed transposed, S^T = K Q^T: a lane is a query. Maxima, sums, scales and masks of
-// the softmax are then arithmetic between registers, and the products that follow, O^T = V^T P^T and
-// dQ^T = K^T dS^T, take P^T and dS^T as they come. Only V and K need turning, once a call.
+// the softmax are then arithmetic between registers, and the products that follow, O^T = V^T P^T
+// and dQ^T = K^T dS^T, take P^T and dS^T as they come. Only V and K need turning, once a call.
 #pragma once
 
 #include <stdint.h>
@@ -46,8 +46,8 @@ struct Attention {
   int64_t packed_rows;          // of one key head
 };
 
-// One task of the backward: the query blocks first, first + step, ... of all query heads that share a
-// key head. It sums dk and dv of all keys of the sequence into its own memory.
+// One task of the backward: the query blocks first, first + step, ... of all query heads that share
+// a key head. It sums dk and dv of all keys of the sequence into its own memory.
 struct AttentionShare {
   int64_t key_head, first, step;
   float *dk, *dv;  // [keys rounded up to kKeyBlock][size rounded up to 16]

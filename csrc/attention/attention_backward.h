@@ -116,8 +116,8 @@ struct Backward {
     memset(scratch.dq, 0, size_t(4 * shape.rows * kQueries));
     const NothingMeanwhile nothing;
 
-    // The sum of p * dp over the keys is delta, too, and a better one than dout . out, since out was
-    // rounded. It matters to queries that see few keys, whose dp - delta is small.
+    // The sum of p * dp over the keys is delta, too, and a better one than dout . out, since out
+    // was rounded. It matters to queries that see few keys, whose dp - delta is small.
     if (range.end - range.first_base() <= 2 * kKeyBlock) {
       memset(state.sum, 0, sizeof state.sum);
       memset(state.lost, 0, sizeof state.lost);

@@ -1,8 +1,9 @@
 // The forward of one block of queries; a part of attention_kernels.h.
 //
-// For each block of keys: S^T = K Q^T; the running maximum and sum of each query; P^T = 2^(S^T - max);
-// O^T += V^T P^T. Exponents are taken to the base 2, and the running maximum is rounded up to a whole
-// number: rescaling is then exact, seldom needed, and 2^(x - max) loses nothing to the subtraction.
+// For each block of keys: S^T = K Q^T; the running maximum and sum of each query; P^T = 2^(S^T -
+// max); O^T += V^T P^T. Exponents are taken to the base 2, and the running maximum is rounded up to
+// a whole number: rescaling is then exact, seldom needed, and 2^(x - max) loses nothing to the
+// subtraction.
 #pragma once
 
 namespace {
@@ -26,8 +27,8 @@ struct Forward {
     return 4 * kQueries * (shape.words + kKeyBlock / Engine::kPair + 2 * kKeyBlock + shape.rows);
   }
 
-  // A query's running maximum, its sum and what the sum lost to rounding, and what its output so far
-  // is to be multiplied with.
+  // A query's running maximum, its sum and what the sum lost to rounding, and what its output so
+  // far is to be multiplied with.
   struct State {
     alignas(64) float highest[kQueries], sum[kQueries], lost[kQueries], rescale[kQueries];
   };
@@ -79,8 +80,8 @@ struct Forward {
         product<Engine, kAdd>(shape.rows, b.part.count(), depth, v, shape.kTurnedWords, p,
                               kQueries, out, kQueries, nullptr, meanwhile);
     };
-    // With tiles, a block's scores are computed while the one before is weighed, and its highest are
-    // sought while that one's values are added. Without, the work on a block is done in one go.
+    // With tiles, a block's scores are computed while the one before is weighed, and its highest
+    // are sought while that one's values are added. Without, the work on a block is done in one go.
     if (range.begin < range.end) {
       const NothingMeanwhile nothing;
       Block now = next_block(range, range.first_base(), columns, scratch.scores[0], call);
@@ -136,8 +137,9 @@ struct Forward {
     return {block, scores, range.all(block.begin, block.end) && !call.dropout.on, false};
   }
 
-  // Calls f<vectors, plain>(first column) on the block's columns from `column` on: four registers at a
-  // time, which hide the latency of a maximum or a sum behind each other, and then sixteen columns.
+  // Calls f<vectors, plain>(first column) on the block's columns from `column` on: four registers
+  // at a time, which hide the latency of a maximum or a sum behind each other, and then sixteen
+  // columns.
   template <class F>
   ALWAYS_INLINE static void on_columns(const Block& b, int64_t& column, F&& f) {
     if (column + 4 * kLanes <= b.part.end) {

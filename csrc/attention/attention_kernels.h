@@ -41,8 +41,8 @@ struct Range {
     return last - 1 <= query + shift + right && first >= query + queries - 1 + shift - left;
   }
 
-  // The block's columns (queries counted from `query`, in sixteens, below `columns`) that see any key
-  // of [first, last): what lies outside is not computed.
+  // The block's columns (queries counted from `query`, in sixteens, below `columns`) that see any
+  // key of [first, last): what lies outside is not computed.
   struct Columns {
     int64_t begin, end;
     int64_t count() const { return end - begin; }

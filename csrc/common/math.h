@@ -64,8 +64,8 @@ ALWAYS_INLINE inline Vec scale_by_power(Vec v, Vec k) {
 #endif
 }
 
-// 2^f for f in [-0.5, 0.5], to one unit in the last place: the minimax polynomial of degree 6, whose
-// relative error is 1.9e-9 there and 100 times that up to [-1, 1].
+// 2^f for f in [-0.5, 0.5], to one unit in the last place: the minimax polynomial of degree 6,
+// whose relative error is 1.9e-9 there and 100 times that up to [-1, 1].
 ALWAYS_INLINE inline Vec power_of_two(Vec f) {
   Vec p = fma(splat(0.0001534581242594868f), f, splat(0.0013399930903688073f));
   p = fma(p, f, splat(0.009618489071726799f));
@@ -76,8 +76,8 @@ ALWAYS_INLINE inline Vec power_of_two(Vec f) {
 }
 
 #if defined(__AVX512F__)
-// 2^x for any x with a relative error of at most 2.6e-6 (2^-18.5: far below what bfloat16 keeps): the
-// minimax polynomial of degree 4 in x - floor(x). Six instructions.
+// 2^x for any x with a relative error of at most 2.6e-6 (2^-18.5: far below what bfloat16 keeps):
+// the minimax polynomial of degree 4 in x - floor(x). Six instructions.
 ALWAYS_INLINE inline Vec coarse_power_of_two(Vec x) {
   const Vec f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
   Vec p = fma(splat(0.013534167781472206f), f, splat(0.052011460065841675f));
@@ -88,8 +88,8 @@ ALWAYS_INLINE inline Vec coarse_power_of_two(Vec x) {
 }
 #endif
 
-// tanh to about one unit in the last place: Cephes' rational form below 0.625, where the other loses
-// digits, and 1 - 2 / (e^2|x| + 1) above.
+// tanh to about one unit in the last place: Cephes' rational form below 0.625, where the other
+// loses digits, and 1 - 2 / (e^2|x| + 1) above.
 ALWAYS_INLINE inline Vec tanh(Vec x) {
   const Vec magnitude = x < 0.0f ? -x : x;
   const Vec z = x * x;
@@ -99,7 +99,8 @@ ALWAYS_INLINE inline Vec tanh(Vec x) {
   p = fma(p, z, splat(-3.33332819422e-1f));
   const Vec small = fma(p * z, x, x);
   const Vec clamped = magnitude > 10.0f ? splat(10.0f) : magnitude;  // 1 in float32 from 9.02 on
-  // e^2x as 2^n 2^f, with 2 log2(e) in two parts: one rounding of the product would be e^2x's error.
+  // e^2x as 2^n 2^f, with 2 log2(e) in two parts: one rounding of the product would be e^2x's
+  // error.
   const Vec n = round(clamped * 2.885390081777927f);
   Vec f = fma(clamped, splat(0x1.715476p+1f), -n);
   f = fma(clamped, splat(0x1.4ae0cp-25f), f);

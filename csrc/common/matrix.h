@@ -1,7 +1,7 @@
 // Matrix products of blocks that are in the cache, and the packing of their operands.
 //
-// All operands are counted in words of 32 bits: one float, or two bfloat16 that are neighbours along
-// the depth of the product (what VDPBF16PS and TDPBF16PS take). For C = A B:
+// All operands are counted in words of 32 bits: one float, or two bfloat16 that are neighbours
+// along the depth of the product (what VDPBF16PS and TDPBF16PS take). For C = A B:
 //   A [rows][depth]           row-major, lda words from row to row
 //   B [depth][columns]        row-major words, ldb words from row to row; columns % 16 == 0
 //   C [rows][columns] floats  row-major, ldc floats from row to row
@@ -321,9 +321,9 @@ inline void product_piece(int64_t rows, int64_t columns, int64_t depth, const ui
 
 // C (+)= A B. depth in words. `scale` [columns] is read for kScaleAdd alone.
 //
-// A sum starts at zero and joins C in the end, and a long one is cut into pieces: its rounding error
-// grows with the square root of the piece's length, not of the sequence's. The pieces are as long as
-// they may be for the error to stay that of torch's products, which sum by lanes.
+// A sum starts at zero and joins C in the end, and a long one is cut into pieces: its rounding
+// error grows with the square root of the piece's length, not of the sequence's. The pieces are as
+// long as they may be for the error to stay that of torch's products, which sum by lanes.
 template <class Engine, Into kInto, class Meanwhile = const NothingMeanwhile>
 inline void product(int64_t rows, int64_t columns, int64_t depth, const uint32_t* a, int64_t lda,
                     const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
@@ -370,8 +370,8 @@ ALWAYS_INLINE inline Words load_along(const typename X::T* row, int64_t count) {
 #endif
 }
 
-// Words across rows: element j of the row, or of the row and the one `next` elements on (not read if
-// `second` is false), for j < count <= 16.
+// Words across rows: element j of the row, or of the row and the one `next` elements on (not read
+// if `second` is false), for j < count <= 16.
 template <class Engine, class X>
 ALWAYS_INLINE inline Words load_across(const typename X::T* row, int64_t next, bool second,
                                        int64_t count) {
@@ -447,8 +447,8 @@ void pack_rows(const typename X::T* x, int64_t stride, int64_t rows, int64_t siz
     }
 }
 
-// x [rows][size] turned: word (k, i) = elements of row i at depth k: to [depth words][ldt], for rows
-// up to padded_rows (a multiple of 16).
+// x [rows][size] turned: word (k, i) = elements of row i at depth k: to [depth words][ldt], for
+// rows up to padded_rows (a multiple of 16).
 template <class Engine, class X>
 void pack_turned(const typename X::T* x, int64_t stride, int64_t rows, int64_t size,
                  int64_t padded_rows, int64_t words, uint32_t* to, int64_t ldt) {
@@ -465,8 +465,8 @@ void pack_turned(const typename X::T* x, int64_t stride, int64_t rows, int64_t s
     }
 }
 
-// x [rows][size] with neighbouring rows in a word: word (p, j) = element j of rows kPair * p and on:
-// to [row words][columns], columns a multiple of 16.
+// x [rows][size] with neighbouring rows in a word: word (p, j) = element j of rows kPair * p and
+// on: to [row words][columns], columns a multiple of 16.
 template <class Engine, class X>
 void pack_paired(const typename X::T* x, int64_t stride, int64_t rows, int64_t size,
                  int64_t row_words, int64_t columns, uint32_t* to) {

@@ -18,8 +18,8 @@ void parallel_for(int threads, int64_t items, int64_t bytes, F&& f) {
       &f);
 }
 
-// Calls f(task, thread) for every task in [0, tasks), each on the next thread that is free; `thread`
-// < threads tells apart what runs at the same time. For tasks of unequal length.
+// Calls f(task, thread) for every task in [0, tasks), each on the next thread that is free;
+// `thread` < threads tells apart what runs at the same time. For tasks of unequal length.
 template <class F>
 void parallel_tasks(int threads, int64_t tasks, F&& f) {
   std::atomic<int64_t> next{0};

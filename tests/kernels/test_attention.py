@@ -51,8 +51,8 @@ def cases(draw):
 def worst_share(case, dtype, backend):
     """The largest error as a share of what passes.
 
-    Drawn cases may be of a few numbers, or of gradients that cancel (one key: dq is 0), so the bound
-    is doubled and has a floor. A wrong mask misses it by far, in float32 by a thousand times.
+    Drawn cases may be of a few numbers, or of gradients that cancel (one key: dq is 0), so the
+    bound is doubled and has a floor. A wrong mask misses it by far, in float32 a thousand times.
     """
     verdicts = testing.parity(SPEC, sample(case, dtype), backend, CPU)
     assert all(verdict.repeats for verdict in verdicts)
