@@ -279,10 +279,29 @@ void product_in_tiles(int64_t rows, int64_t columns, int64_t depth, const uint32
 }
 #endif
 
-template <class Engine, Into kInto, class Meanwhile>
-inline void product_piece(int64_t rows, int64_t columns, int64_t depth, const uint32_t* a,
-                          int64_t lda, const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
-                          const float* scale, Meanwhile& meanwhile) {
+// kVecs registers of columns, piece by piece of the depth: B's piece and C's columns stay in the L1
+// cache meanwhile.
+template <class Engine, Into kInto, int kVecs>
+inline void product_pieces(int64_t rows, int64_t depth, const uint32_t* a, int64_t lda,
+                           const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
+                           const float* scale) {
+  const int64_t most = Engine::kDepthMost;
+  product_columns<Engine, kInto, kVecs>(rows, depth < most ? depth : most, a, lda, b, ldb, c, ldc,
+                                        scale);
+  for (int64_t k = most; k < depth; k += most)
+    product_columns<Engine, kAdd, kVecs>(rows, depth - k < most ? depth - k : most, a + k, lda,
+                                         b + k * ldb, ldb, c, ldc, nullptr);
+}
+
+// C (+)= A B. depth in words. `scale` [columns] is read for kScaleAdd alone.
+//
+// A sum starts at zero and joins C in the end, and a long one is cut into pieces: its rounding
+// error grows with the square root of the piece's length, not of the sequence's. The pieces are as
+// long as they may be for the error to stay that of torch's products, which sum by lanes.
+template <class Engine, Into kInto, class Meanwhile = const NothingMeanwhile>
+inline void product(int64_t rows, int64_t columns, int64_t depth, const uint32_t* a, int64_t lda,
+                    const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
+                    const float* scale = nullptr, Meanwhile&& meanwhile = {}) {
   (void)meanwhile;
 #if defined(__AMX_BF16__)
   if constexpr (Engine::kTiles) {
@@ -297,8 +316,8 @@ inline void product_piece(int64_t rows, int64_t columns, int64_t depth, const ui
     constexpr int kFull = kVecsMost * kLanes;
     int64_t j = 0;
     for (; j + kFull <= columns; j += kFull)
-      product_columns<Engine, kInto, kVecsMost>(rows, depth, a, lda, b + j, ldb, c + j, ldc,
-                                                scale + j);
+      product_pieces<Engine, kInto, kVecsMost>(rows, depth, a, lda, b + j, ldb, c + j, ldc,
+                                               scale + j);
     if (j == columns) return;
     b += j;
     c += j;
@@ -306,34 +325,17 @@ inline void product_piece(int64_t rows, int64_t columns, int64_t depth, const ui
     switch ((columns - j) / kLanes) {
       case 3:
         if (kVecsMost > 3)
-          product_columns<Engine, kInto, 3>(rows, depth, a, lda, b, ldb, c, ldc, scale);
+          product_pieces<Engine, kInto, 3>(rows, depth, a, lda, b, ldb, c, ldc, scale);
         break;
       case 2:
         if (kVecsMost > 2)
-          product_columns<Engine, kInto, 2>(rows, depth, a, lda, b, ldb, c, ldc, scale);
+          product_pieces<Engine, kInto, 2>(rows, depth, a, lda, b, ldb, c, ldc, scale);
         break;
       case 1:
-        product_columns<Engine, kInto, 1>(rows, depth, a, lda, b, ldb, c, ldc, scale);
+        product_pieces<Engine, kInto, 1>(rows, depth, a, lda, b, ldb, c, ldc, scale);
         break;
     }
   }
-}
-
-// C (+)= A B. depth in words. `scale` [columns] is read for kScaleAdd alone.
-//
-// A sum starts at zero and joins C in the end, and a long one is cut into pieces: its rounding
-// error grows with the square root of the piece's length, not of the sequence's. The pieces are as
-// long as they may be for the error to stay that of torch's products, which sum by lanes.
-template <class Engine, Into kInto, class Meanwhile = const NothingMeanwhile>
-inline void product(int64_t rows, int64_t columns, int64_t depth, const uint32_t* a, int64_t lda,
-                    const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
-                    const float* scale = nullptr, Meanwhile&& meanwhile = {}) {
-  const int64_t most = Engine::kDepthMost;
-  product_piece<Engine, kInto>(rows, columns, depth < most ? depth : most, a, lda, b, ldb, c, ldc,
-                               scale, meanwhile);
-  for (int64_t k = most; k < depth; k += most)
-    product_piece<Engine, kAdd>(rows, columns, depth - k < most ? depth - k : most, a + k, lda,
-                                b + k * ldb, ldb, c, ldc, nullptr, meanwhile);
 }
 
 // ---- Packing
