@@ -40,7 +40,8 @@ class Resources:
     registers: a thread's (vector registers on AMD). stack: bytes of a thread's local memory.
     spill_loads, spill_stores: instructions that reach it (on AMD: spilled registers, no stores).
     shared: bytes of a block's shared memory. loads_128: 128-bit loads from global memory in the
-    code, to registers or to shared memory (LDGSTS). tensor_core: matrix instructions (MMA, HGMMA, UTCMMA, MFMA).
+    code, to registers or to shared memory, and loads of whole tiles by TMA (UTMALDG).
+    tensor_core: matrix instructions (MMA, HGMMA, UTCMMA, MFMA).
     """
 
     registers: int
@@ -97,7 +98,7 @@ def _read_cubin(kernel: Any) -> Resources:
         spill_loads=_count(r"\bLDL\b", code),
         spill_stores=_count(r"\bSTL\b", code),
         shared=kernel.metadata.shared,
-        loads_128=_count(r"\bLDG(STS)?\.E[.\w]*\.128\b", code),
+        loads_128=_count(r"\b(LDG|LDGSTS)\.E[.\w]*\.128\b|\bUTMALDG\b", code),
         tensor_core=_count(r"\b(HMMA|HGMMA|IMMA|IGMMA|QGMMA|UTC\w*MMA)\b", code),
     )
 
