@@ -57,7 +57,8 @@ def interpret(code):
     "cases",
     [
         "Case(rows=40, cols=40, causal=True, size=40, lse_gradient=True),"
-        "Case(rows=20, cols=40, causal=True, size=16), Case(rows=40, cols=20, causal=True, size=16),"
+        "Case(rows=20, cols=40, causal=True, size=16),"
+        "Case(rows=40, cols=20, causal=True, size=16),"
         "Case(rows=52, cols=52, window=(9, 21), size=16, lse_gradient=True),"
         "Case(rows=20, cols=40, window=(15, 0), size=80, sink=True, lse_gradient=True),"
         "Case(cols=0), Case(rows=0), Case(batch=0)",
