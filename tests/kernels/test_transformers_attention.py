@@ -251,6 +251,12 @@ def test_flash_attentions_own_arguments_separate_documents(kind):
         found = ours(**row | lengths).logits  # with a cache, which hides the positions
         torch.testing.assert_close(found, torch.cat(alone, 1), rtol=1e-8, atol=1e-10)
         assert relative_error(ours(**row).logits, found) > 1e-3
+        # Several rows: the ends count through all of them.
+        rows = {name: row[name].expand(2, -1) for name in ("input_ids", "position_ids")}
+        both = torch.cat([ends, ends[1:] + S])
+        found = ours(**rows, **lengths | {"cu_seq_lens_q": both, "cu_seq_lens_k": both}).logits
+        expected = torch.cat(alone, 1).expand(2, -1, -1)
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("kind", DECODERS)
