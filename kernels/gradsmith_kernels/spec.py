@@ -28,11 +28,13 @@ class Sample:
     label: what is special about it.
     dtype: decides which backends take it.
     make: the inputs, on a device; the same values at every call.
+    interpret: whether Triton's interpreter, which is slow, has to compute it as well.
     """
 
     label: str
     dtype: torch.dtype
     make: Callable[[torch.device], Inputs]
+    interpret: bool = True
 
 
 @dataclass(frozen=True)

@@ -163,5 +163,6 @@ def backends_of(spec: Spec, sample: Sample) -> list[str]:
     return [
         backend
         for backend in spec.op.implementations
-        if all(spec.op.fits(backend, device_of(backend), dtype) for dtype in dtypes)
+        if (sample.interpret or backend != "triton" or not interpreting())
+        and all(spec.op.fits(backend, device_of(backend), dtype) for dtype in dtypes)
     ]

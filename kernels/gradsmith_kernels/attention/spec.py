@@ -99,7 +99,13 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> Inputs:
 
 def sample(case: Case, dtype: torch.dtype) -> Sample:
     label = f"{case}, {str(dtype).removeprefix('torch.')}"
-    return Sample(label, dtype, partial(make_inputs, case, dtype))
+    # Triton's interpreter takes seconds for each: float16, which the float32 samples cover but for
+    # the rounding of p and ds, only where all the features meet.
+    interpret = dtype == torch.float32 or (case.dropout > 0 and case.size == 64)
+    # A few rows show each row's own error, and the kernel's exponent is only exact with a fused
+    # multiply-add, which the interpreter has not.
+    interpret &= not (0 < case.rows < 5 and case.cols > 100)
+    return Sample(label, dtype, partial(make_inputs, case, dtype), interpret)
 
 
 def naive_attention(
@@ -212,7 +218,7 @@ CASES = (
     Case(rows=0),
     Case(cols=0),
     Case(batch=0),
-    Case(batch=4, rows=1, cols=200, heads=8, key_heads=2, causal=True),
+    Case(batch=4, rows=3, cols=200, heads=8, key_heads=2, causal=True),
     Case(rows=77, cols=77, causal=True, size=16),
     Case(batch=2, rows=130, cols=130, causal=True, heads=4, key_heads=2, size=80),
     Case(rows=65, cols=65, heads=4, key_heads=1, size=96, layout="heads"),
@@ -250,7 +256,6 @@ CASES = (
     ),
     Case(lengths=PACKED, causal=True, dropout=0.2, layout="heads", size=128),
     Case(lengths=(), padding=4),
-    Case(rows=1100, cols=1100, causal=True, heads=1, key_heads=1, size=128),
 )
 
 
