@@ -1,6 +1,8 @@
 """attention and attention_varlen: drawn shapes, masked rows, determinism, dropout, bad input."""
 
 import math
+import os
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -15,7 +17,10 @@ from gradsmith_kernels.attention.reference import kept, philox
 from gradsmith_kernels.attention.spec import PACKED, SPEC, Case, make_inputs, sample
 
 CPU = torch.device("cpu")
-HERE = [backend for backend in ("reference", "cpu") if backends.missing(backend) is None]
+# Under TRITON_INTERPRET=1 the Triton kernels alone, in less and smaller cases: see the test of it.
+INTERPRETED = backends.interpreting()
+HERE = ["triton"] if INTERPRETED else ["reference", "cpu"]
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (not INTERPRETED)
 
 
 @st.composite
@@ -23,12 +28,12 @@ def cases(draw):
     """Features and their combinations: shapes, windows, documents, strides, sinks, dropout."""
     key_heads = draw(st.sampled_from([1, 2, 3]))
     unlimited = st.sampled_from([-1, -1, 0, 1, 5, 63, 64, 65, 200])
-    length = st.integers(0, 150)
+    length = st.integers(5, 60) if INTERPRETED else st.integers(0, 150)
     case = Case(
         batch=draw(st.integers(1, 3)),
         rows=draw(length),
         cols=draw(length),
-        heads=key_heads * draw(st.integers(1, 3)),
+        heads=key_heads * draw(st.integers(1, 2 if INTERPRETED else 3)),
         key_heads=key_heads,
         size=draw(st.sampled_from([1, 8, 15, 16, 31, 33, 64, 80, 96, 128, 256])),
         causal=draw(st.booleans()),
@@ -62,11 +67,29 @@ def worst_share(case, dtype, backend):
 
 
 @pytest.mark.parametrize("backend", HERE)
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
-@given(case=cases(), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+@settings(
+    max_examples=25 if INTERPRETED else 150, deadline=None, suppress_health_check=list(HealthCheck)
+)
+@given(case=cases(), dtype=st.sampled_from(DTYPES))
 def test_drawn_cases_are_right(backend, case, dtype):
     share = worst_share(case, dtype, backend)
     assert share <= 1, f"{case}: {share:.2f} of the bound"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs the triton backend itself")
+def test_drawn_cases_are_right_in_tritons_interpreter():
+    pytest.importorskip("triton")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        __file__,
+        "-k",
+        "test_drawn_cases_are_right and not interpreter",
+    ]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-3000:]
 
 
 @pytest.mark.parametrize("backend", HERE)
