@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradsmith_kernels import backends, transformers_attention
+from gradsmith_kernels import backends
 from gradsmith_kernels.attention import op as attention_op
 from gradsmith_kernels.rms_norm import op as rms_norm_op
 from gradsmith_kernels.rms_norm import rms_norm
@@ -104,6 +104,8 @@ def _accelerate_attention(model: nn.Module, report: Report) -> None:
     transformers = sys.modules.get("transformers")
     if transformers is None:  # then this is none of its models
         return
+    from gradsmith_kernels import transformers_attention  # it imports torch._dynamo
+
     seen = set()  # a model and the model within it share a config
     for name, module in model.named_modules():
         if not isinstance(module, transformers.PreTrainedModel) or id(module.config) in seen:
@@ -126,6 +128,8 @@ def _accelerate_attention(model: nn.Module, report: Report) -> None:
 
 def _unfit_attention(model: Any) -> str | None:
     """Why the layers of a transformers model keep the attention that they have."""
+    from gradsmith_kernels import transformers_attention
+
     implementation = model.config._attn_implementation
     if implementation == transformers_attention.NAME:
         return "already accelerated"
