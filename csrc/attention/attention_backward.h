@@ -24,39 +24,29 @@ struct Backward {
     float* slope;                      // [kKeyBlock][kQueries]
     float* dq;                         // dQ^T [rows][kQueries]
 
+    int64_t bytes;
+
     Scratch(void* memory, const Shape<Engine>& shape) {
-      uint32_t* at = static_cast<uint32_t*>(memory);
-      const auto take = [&](int64_t words) {
-        uint32_t* const taken = at;
-        at += words;
-        return taken;
-      };
-      q = take(shape.words * kQueries);
-      dout = take(shape.words * kQueries);
-      out = take(shape.words * kQueries);
-      q_paired = take(kQueryWords * shape.columns);
-      dout_paired = take(kQueryWords * shape.columns);
-      p = take(kKeyBlock * kQueryWords);
-      ds = take(kKeyBlock * kQueryWords);
+      Cut cut{memory};
+      q = cut.take(shape.words * kQueries);
+      dout = cut.take(shape.words * kQueries);
+      out = cut.take(shape.words * kQueries);
+      q_paired = cut.take(kQueryWords * shape.columns);
+      dout_paired = cut.take(kQueryWords * shape.columns);
+      p = cut.take(kKeyBlock * kQueryWords);
+      ds = cut.take(kKeyBlock * kQueryWords);
       // With one element in a word, a row of dS^T is its own pair.
-      ds_paired = Engine::kPair == 1 ? ds : take(kKeyWords * kQueries);
+      ds_paired = Engine::kPair == 1 ? ds : cut.take(kKeyWords * kQueries);
       for (int i = 0; i < 2; ++i) {
         const bool another = i == 0 || Engine::kTiles;
-        const int64_t words = kKeyBlock * kQueries;
-        scores[i] = another ? reinterpret_cast<float*>(take(words)) : scores[0];
-        dp[i] = another ? reinterpret_cast<float*>(take(words)) : dp[0];
+        scores[i] = another ? cut.take_floats(kKeyBlock * kQueries) : scores[0];
+        dp[i] = another ? cut.take_floats(kKeyBlock * kQueries) : dp[0];
       }
-      slope = reinterpret_cast<float*>(take(kKeyBlock * kQueries));
-      dq = reinterpret_cast<float*>(take(shape.rows * kQueries));
-      bytes = 4 * (at - static_cast<uint32_t*>(memory));
+      slope = cut.take_floats(kKeyBlock * kQueries);
+      dq = cut.take_floats(shape.rows * kQueries);
+      bytes = 4 * cut.words;
     }
-    int64_t bytes;
   };
-
-  static int64_t scratch_bytes(const Shape<Engine>& shape) {
-    alignas(64) static char nothing[64];
-    return Scratch(nothing, shape).bytes;
-  }
 
   // By query: lse to the base 2, in the two parts that Exponential takes, and delta.
   struct State {
@@ -86,12 +76,9 @@ struct Backward {
     const Range range(a, s, block, kQueries);
     const int64_t step = Engine::kDepthStep > 16 ? Engine::kDepthStep : 16;
     const int64_t columns = round_up(range.queries, step);
-    const int64_t at = share.key_head * a.packed_rows + s.packed;
-    const uint32_t* const keys = static_cast<const uint32_t*>(a.packed_keys) + at * shape.words;
-    const uint32_t* const values =
-        static_cast<const uint32_t*>(a.packed_values) + at * shape.words;
-    const uint32_t* const turned = static_cast<const uint32_t*>(a.packed_keys_turned) +
-                                   at / kKeyBlock * shape.turned_block();
+    const int64_t at = first_packed(a, s, share.key_head);
+    const uint32_t* const keys = shape.packed_row(a.packed_keys, at);
+    const uint32_t* const values = shape.packed_row(a.packed_values, at);
     State state;
     load(a, s, head, range, columns, shape, scratch, state);
     const Call call{range, Exponential<Engine>(a), Dropout(a, s, head), a.softcap > 0, scratch,
@@ -152,7 +139,7 @@ struct Backward {
         product<Engine, kAdd>(rows, shape.columns, query_words, scratch.ds + skip, kQueryWords,
                               scratch.q_paired + skip * shape.columns, shape.columns,
                               share.dk + now.begin * shape.columns, shape.columns);
-        const uint32_t* const k = turned + now.base / kKeyBlock * shape.turned_block() +
+        const uint32_t* const k = shape.packed_block(a.packed_keys_turned, at + now.base) +
                                   (now.begin - now.base) / Engine::kPair;
         product<Engine, kAdd>(shape.rows, now.part.count(), depth, k, shape.kTurnedWords,
                               scratch.ds_paired + now.part.begin, kQueries,
@@ -243,7 +230,7 @@ struct Backward {
   };
 
   struct Gradients {
-    Vec p, ds;  // with `sum`, p * dp instead of ds
+    Vec p, ds;  // with kSum, p * dp instead of ds
   };
 
   template <bool kPlain, bool kSum>
@@ -336,10 +323,7 @@ struct Backward {
       memset(scratch.p + j * kQueryWords, 0, size_t(4 * kQueryWords));
       memset(scratch.ds + j * kQueryWords, 0, size_t(4 * kQueryWords));
     }
-    if (Engine::kPair == 1) return;
-    const int64_t from = round_up(b.keys(), Engine::kPair) / Engine::kPair;
-    const int64_t to = round_up(b.keys(), Engine::kDepthStep) / Engine::kPair;
-    memset(scratch.ds_paired + from * kQueries, 0, size_t(4 * (to - from) * kQueries));
+    pad_depth<Engine>(b.keys(), kQueries, scratch.ds_paired);
   }
 
   // 16 elements of a row and of the next one, kQueryWords words on.

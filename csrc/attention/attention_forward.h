@@ -15,17 +15,18 @@ struct Forward {
   struct Scratch {
     uint32_t *queries, *p;  // Q^T [words][kQueries]; P^T [keys in words][kQueries]
     float *scores[2], *out;  // S^T of two blocks, [kKeyBlock][kQueries]; O^T [shape.rows][kQueries]
-    Scratch(void* memory, const Shape<Engine>& shape)
-        : queries(static_cast<uint32_t*>(memory)),
-          p(queries + shape.words * kQueries),
-          scores{reinterpret_cast<float*>(p + kKeyBlock / Engine::kPair * kQueries),
-                 scores[0] + (Engine::kTiles ? kKeyBlock * kQueries : 0)},
-          out(scores[1] + kKeyBlock * kQueries) {}
-  };
+    int64_t bytes;
 
-  static int64_t scratch_bytes(const Shape<Engine>& shape) {
-    return 4 * kQueries * (shape.words + kKeyBlock / Engine::kPair + 2 * kKeyBlock + shape.rows);
-  }
+    Scratch(void* memory, const Shape<Engine>& shape) {
+      Cut cut{memory};
+      queries = cut.take(shape.words * kQueries);
+      p = cut.take(kKeyBlock / Engine::kPair * kQueries);
+      scores[0] = cut.take_floats(kKeyBlock * kQueries);
+      scores[1] = Engine::kTiles ? cut.take_floats(kKeyBlock * kQueries) : scores[0];
+      out = cut.take_floats(shape.rows * kQueries);
+      bytes = 4 * cut.words;
+    }
+  };
 
   // A query's running maximum, its sum and what the sum lost to rounding, and what its output so
   // far is to be multiplied with.
@@ -42,10 +43,8 @@ struct Forward {
     const int64_t key_head = head / (a.heads / a.key_heads);
     const T* q = element<T>(a.q, s.index, s.first_row + range.query, head);
     const int64_t columns = round_up(range.queries, 16);
-    const int64_t at = key_head * a.packed_rows + s.packed;
-    const uint32_t* const keys = static_cast<const uint32_t*>(a.packed_keys) + at * shape.words;
-    const uint32_t* const values =
-        static_cast<const uint32_t*>(a.packed_values) + at / kKeyBlock * shape.turned_block();
+    const int64_t at = first_packed(a, s, key_head);
+    const uint32_t* const keys = shape.packed_row(a.packed_keys, at);
 
     Engine::begin();
     pack_turned<Engine, X>(q, a.q.row, range.queries, a.size, columns, shape.words,
@@ -68,8 +67,8 @@ struct Forward {
     };
     const auto add_values = [&](const Block& b, auto&& meanwhile) ALWAYS_INLINE {
       const int64_t depth = round_up(b.keys(), Engine::kDepthStep) / Engine::kPair;
-      const uint32_t* const v = values + b.base / kKeyBlock * shape.turned_block() +
-                                (b.begin - b.base) / Engine::kPair;
+      const uint32_t* const v =
+          shape.packed_block(a.packed_values, at + b.base) + (b.begin - b.base) / Engine::kPair;
       const uint32_t* const p = scratch.p + b.part.begin;
       float* const out = scratch.out + b.part.begin;
       if (b.rescale)
@@ -97,7 +96,7 @@ struct Forward {
         if (Engine::kTiles && more) score(next, weigh);
         while (weigh()) {
         }
-        pad(now, scratch.p);
+        pad_depth<Engine>(now.keys(), kQueries, scratch.p);
         Highest highest{call, next};
         if (Engine::kTiles && more)
           add_values(now, highest);
@@ -261,13 +260,6 @@ struct Forward {
       }
     }
   };
-
-  // Depth that only fills a step of the product counts as zero.
-  static void pad(const Block& b, uint32_t* p) {
-    const int64_t from = round_up(b.keys(), Engine::kPair) / Engine::kPair;
-    const int64_t to = round_up(b.keys(), Engine::kDepthStep) / Engine::kPair;
-    memset(p + from * kQueries, 0, size_t(4 * (to - from) * kQueries));
-  }
 
   static void finish(const Attention& a, const AttentionSequence& s, int64_t head,
                      const Range& range, const State& state, const Shape<Engine>& shape,

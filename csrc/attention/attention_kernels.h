@@ -106,7 +106,42 @@ struct Shape {
 
   static constexpr int64_t kTurnedWords = kKeyBlock / Engine::kPair;  // of a row of a turned block
   int64_t turned_block() const { return rows * kTurnedWords; }
+
+  // Row `row` of packed rows, and the turned block that holds it.
+  uint32_t* packed_row(void* packed, int64_t row) const {
+    return static_cast<uint32_t*>(packed) + row * words;
+  }
+  uint32_t* packed_block(void* packed, int64_t row) const {
+    return static_cast<uint32_t*>(packed) + row / kKeyBlock * turned_block();
+  }
 };
+
+// Where a sequence's keys begin among the packed rows of all key heads.
+inline int64_t first_packed(const Attention& a, const AttentionSequence& s, int64_t key_head) {
+  return key_head * a.packed_rows + s.packed;
+}
+
+// Cuts a thread's scratch memory into pieces; of no memory, to know how much they take.
+struct Cut {
+  void* memory;
+  int64_t words = 0;
+
+  uint32_t* take(int64_t count) {
+    uint32_t* const piece = memory ? static_cast<uint32_t*>(memory) + words : nullptr;
+    words += count;
+    return piece;
+  }
+  float* take_floats(int64_t count) { return reinterpret_cast<float*>(take(count)); }
+};
+
+// Keys beyond a block's own, which only fill a step of a product's depth, count as zero: in rows of
+// `width` words, a row for each pair of keys.
+template <class Engine>
+inline void pad_depth(int64_t keys, int64_t width, uint32_t* paired) {
+  const int64_t from = round_up(keys, Engine::kPair) / Engine::kPair;
+  const int64_t to = round_up(keys, Engine::kDepthStep) / Engine::kPair;
+  memset(paired + from * width, 0, size_t(4 * (to - from) * width));
+}
 
 // The words of dropout, one key and a register of queries at a time.
 struct Dropout {
@@ -193,8 +228,9 @@ namespace {
 template <class Engine, class X>
 AttentionSizes sizes(int64_t size) {
   const Shape<Engine> shape(size);
-  return {shape.words, shape.turned_block(), Forward<Engine, X>::scratch_bytes(shape),
-          Backward<Engine, X>::scratch_bytes(shape)};
+  const typename Forward<Engine, X>::Scratch forward(nullptr, shape);
+  const typename Backward<Engine, X>::Scratch backward(nullptr, shape);
+  return {shape.words, shape.turned_block(), forward.bytes, backward.bytes};
 }
 
 template <class Engine, class X>
@@ -203,22 +239,20 @@ void pack(const Attention& a, const AttentionSequence& s, int64_t key_head, int6
   const Shape<Engine> shape(a.size);
   const int64_t row = block * kKeyBlock;
   const int64_t rows = s.cols - row < kKeyBlock ? s.cols - row : kKeyBlock;
-  const int64_t at = key_head * a.packed_rows + s.packed + row;
+  const int64_t at = first_packed(a, s, key_head) + row;
   using T = typename X::T;
   const T* k = element<T>(a.k, s.index, s.first_col + row, key_head);
   const T* v = element<T>(a.v, s.index, s.first_col + row, key_head);
-  uint32_t* const keys = static_cast<uint32_t*>(a.packed_keys) + at * shape.words;
-  pack_rows<Engine, X>(k, a.k.row, rows, a.size, kKeyBlock, shape.words, keys);
-  uint32_t* const values = static_cast<uint32_t*>(a.packed_values);
-  const int64_t turned = at / kKeyBlock * shape.turned_block();
+  pack_rows<Engine, X>(k, a.k.row, rows, a.size, kKeyBlock, shape.words,
+                       shape.packed_row(a.packed_keys, at));
   if (backward) {
     pack_rows<Engine, X>(v, a.v.row, rows, a.size, kKeyBlock, shape.words,
-                         values + at * shape.words);
+                         shape.packed_row(a.packed_values, at));
     pack_paired_turned<Engine, X>(k, a.k.row, rows, a.size, shape.kTurnedWords, shape.rows,
-                                  static_cast<uint32_t*>(a.packed_keys_turned) + turned);
+                                  shape.packed_block(a.packed_keys_turned, at));
   } else {
     pack_paired_turned<Engine, X>(v, a.v.row, rows, a.size, shape.kTurnedWords, shape.rows,
-                                  values + turned);
+                                  shape.packed_block(a.packed_values, at));
   }
 }
 

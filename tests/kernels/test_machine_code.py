@@ -2,7 +2,6 @@
 its inputs at the edge of mapped memory, and every level under AddressSanitizer."""
 
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -122,10 +121,10 @@ print("clean")
 
 def sanitizer():
     """The runtime to preload, if the compiler is GCC and has it."""
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    compiler = amx.find_compiler()
     if not compiler:
         return None
-    command = [compiler, "-print-file-name=libasan.so"]
+    command = [*compiler, "-print-file-name=libasan.so"]
     path = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     return path if os.path.isabs(path) else None
 

@@ -247,17 +247,9 @@ def _attention_fake(
     cu_seqlens_k: Tensor | None,
     sink: Tensor | None,
     seed: Tensor | None,
-    scale: float,
-    left: int,
-    right: int,
-    softcap: float,
-    dropout_p: float,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    backend: str | None = None,
+    *options: Any,  # and the backend, unless it is None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    options = Options(scale, left, right, softcap, dropout_p, max_seqlen_q, max_seqlen_k)
-    _check(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, seed, options)
+    _check(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, seed, Options(*options[:7]))
     wide = torch.promote_types(q.dtype, torch.float32)
     out, lse = q.new_empty(q.shape), q.new_empty(statistics_shape(q), dtype=wide)
     return out, lse, lse.new_empty(rest_shape(q))
