@@ -282,9 +282,11 @@ class SGD(FusedOptimizer):
         super().__init__(params, defaults | {"decoupled": decoupled, "l1": l1}, **options)
 
     def _rule(self, group: Mapping[str, Any]) -> str:
-        return "momentum"
+        return "momentum" if group["momentum"] else "sgd"
 
     def _options(self, group: Mapping[str, Any]) -> dict[str, float]:
+        if not group["momentum"]:
+            return _common(group)
         names = ("momentum", "dampening", "nesterov")
         return _common(group) | {name: float(group[name]) for name in names}
 
@@ -331,9 +333,8 @@ class Adagrad(FusedOptimizer):
         ranges = ("lr", "lr_decay", "weight_decay", "initial_accumulator_value", "eps", "l1")
         check_ranges("Adagrad", group, ranges, ("maximize",))
 
-    def _init_state(self, p: Tensor, state: dict[str, Any]) -> None:
-        super()._init_state(p, state)
-        group = next(g for g in self.param_groups if any(q is p for q in g["params"]))
+    def _init_state(self, p: Tensor, state: dict[str, Any], group: Mapping[str, Any]) -> None:
+        super()._init_state(p, state, group)
         state["sum"].fill_(group["initial_accumulator_value"])
 
 
@@ -448,8 +449,8 @@ class ScheduleFreeAdamW(FusedOptimizer):
         if not 0 < group["betas"][0] < 1:
             raise ValueError("ScheduleFreeAdamW: betas[0] must be in (0, 1)")
 
-    def _init_state(self, p: Tensor, state: dict[str, Any]) -> None:
-        super()._init_state(p, state)
+    def _init_state(self, p: Tensor, state: dict[str, Any], group: Mapping[str, Any]) -> None:
+        super()._init_state(p, state, group)
         state["z"].copy_(state.get("master", p))
 
     def train(self) -> None:

@@ -69,7 +69,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         backend: reference, cpu or triton; None chooses by the parameters' device.
     """
 
-    state_names: ClassVar[tuple[str, ...]] = ()
+    state_names: ClassVar[tuple[str, ...]] = ()  # of the rule with the most
     _step_supports_amp_scaling = True  # GradScaler then sets grad_scale and found_inf
 
     def __init__(
@@ -238,10 +238,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                     self._check_parameter(p)
                     state = self.state[p]
                     if not state:
-                        self._init_state(p, state)
-                    first = next((state[n] for n in self.state_names if n in state), None)
-                    quantized = first is not None and first.dtype == torch.uint8
-                    layout = ("master" in state, "compensation" in state, quantized)
+                        self._init_state(p, state, group)
+                    layout = ("master" in state, "compensation" in state, "absmax1" in state)
                     key = (number, p.device, p.dtype == torch.float64, *layout)
                     collected.setdefault(key, []).append(index)
                 index += 1
@@ -270,19 +268,18 @@ class FusedOptimizer(torch.optim.Optimizer):
         def column(name: str) -> list[Tensor]:
             return [state[name] for state in states] if name in states[0] else []
 
-        kept = [*map(column, self.state_names), [], []]
-        absmax = [column("absmax1"), column("absmax2")]
+        rule = self._rule(self.param_groups[number])
+        kept = [column(name) for name in self.state_names[: RULES[rule].states]]
         tensors = Tensors(
             chosen,
-            kept[0],
-            kept[1],
-            *absmax,
+            *(kept[i] if i < len(kept) else [] for i in (0, 1)),
+            column("absmax1"),
+            column("absmax2"),
             column("master"),
             column("compensation"),
             column("step"),
             indices,
         )
-        rule = self._rule(self.param_groups[number])
         module = OP.choose(self._backend, chosen[0].device, chosen[0].dtype)
         found = [g for i in indices if (g := grads[i]) is not None]
         check(RULES[rule], tensors, found)
@@ -301,9 +298,9 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # ----------------------------------------------------------------------------- states
 
-    def _init_state(self, p: Tensor, state: dict[str, Any]) -> None:
+    def _init_state(self, p: Tensor, state: dict[str, Any], group: Mapping[str, Any]) -> None:
         state["step"] = torch.zeros((), dtype=torch.float32)
-        for i, name in enumerate(self.state_names):
+        for i, name in enumerate(self.state_names[: RULES[self._rule(group)].states]):
             dtype = self._state_dtype(p)
             start = 127 if dtype == torch.uint8 and i == 0 else 0  # the code of 0
             state[name] = torch.full(p.shape, start, dtype=dtype, device=p.device)
@@ -321,11 +318,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         # torch has cast every state to its parameter's dtype: take them again from the dict.
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for i, p in zip(saved, params, strict=True):
+        params = [(p, group) for group in self.param_groups for p in group["params"]]
+        for i, (p, group) in zip(saved, params, strict=True):
             if state_dict["state"].get(i):
                 state: dict[str, Any] = {}
-                self._init_state(p, state)
+                self._init_state(p, state, group)
                 self._adopt(p, state, state_dict["state"][i])
                 self.state[p] = state
         self._cache = None

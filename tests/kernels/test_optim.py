@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 
-from gradsmith_kernels.adamw import adamw_
+from gradsmith_kernels.optimizer_step import optimizer_step_
 from gradsmith_kernels.optim import AdamW
 
 
