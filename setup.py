@@ -28,7 +28,9 @@ FLAGS += ["-Wno-psabi"]  # vectors are passed between the functions of one file 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 AVX512 += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC 12 misreads its own header
-ISA_FLAGS = {"_avx2": AVX2, "_avx512": AVX512, "_avx512bf16": [*AVX512, "-mavx512bf16"]}
+AVX512BF16 = [*AVX512, "-mavx512bf16"]
+AMX = [*AVX512BF16, "-mamx-tile", "-mamx-bf16"]
+ISA_FLAGS = {"_avx2": AVX2, "_avx512": AVX512, "_avx512bf16": AVX512BF16, "_amx": AMX}
 X86 = platform.machine() in ("x86_64", "AMD64")
 
 
@@ -65,12 +67,14 @@ class BuildNative(build_ext):
             compiler_so_cxx=[*command, "-fPIC"], linker_so_cxx=[*command, "-shared", "-s"]
         )
 
+        extra = shlex.split(os.environ.get("CXXFLAGS", ""))
+
         def compile_one(source: str) -> list[str]:
             return self.compiler.compile(
                 [source],
                 output_dir=self.build_temp,
                 include_dirs=ext.include_dirs,
-                extra_postargs=[*FLAGS, *isa_flags(source)],
+                extra_postargs=[*FLAGS, *isa_flags(source), *extra],
                 depends=ext.depends,
             )
 
@@ -80,6 +84,7 @@ class BuildNative(build_ext):
             objects,
             self.get_ext_fullpath(ext.name),
             libraries=["dl", "pthread"],
+            extra_postargs=shlex.split(os.environ.get("LDFLAGS", "")),
             target_lang="c++",
             build_temp=self.build_temp,
         )

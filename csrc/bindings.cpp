@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <array>
 
+#include "attention/attention_cpu.h"
 #include "common/cpu.h"
 #include "common/parallel.h"
 #include "optimizer_step/optimizer_step_cpu.h"
@@ -27,7 +28,10 @@ std::vector<std::string> isa_levels() {
   return names;
 }
 
-void set_isa(const std::string& name) {
+// `emulated`: take AMX on a machine without it, whose instructions an emulator then catches.
+void set_isa(const std::string& name, bool emulated) {
+  if (emulated && name == kIsaNames[int(Isa::kAmx)] && best_isa() >= Isa::kAvx512Bf16)
+    return set_current_isa(Isa::kAmx);
   for (int level = 0; level <= int(best_isa()); ++level)
     if (name == kIsaNames[level]) return set_current_isa(Isa(level));
   throw py::value_error("set_isa: this machine has no instruction set level '" + name + "'");
@@ -141,6 +145,78 @@ std::pair<double, int64_t> squared_norm_binding(const std::vector<uintptr_t>& ad
   return squared_norm(tensors, threads);
 }
 
+// Address, and strides of batch, row and head.
+using View = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
+
+AttentionView attention_view(const View& view) {
+  const auto& [address, batch, row, head] = view;
+  return {pointer(address), batch, row, head};
+}
+
+// What both passes take: the shapes (batch, rows, cols, heads, key heads, size), the options (scale,
+// left, right, softcap, dropout_p, seed), the ends of packed sequences or 0, and the strides of lse.
+using AttentionShapes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
+using AttentionOptions = std::tuple<double, int64_t, int64_t, double, double, uint64_t>;
+using Pair = std::pair<int64_t, int64_t>;
+
+std::pair<Attention, AttentionBatch> attention_call(const View& q, const View& k, const View& v,
+                                                    const AttentionShapes& shapes,
+                                                    const AttentionOptions& options,
+                                                    const std::pair<uintptr_t, uintptr_t>& ends,
+                                                    const Pair& statistics) {
+  Attention a{};
+  AttentionBatch b{};
+  double softcap, dropout, scale;
+  std::tie(b.batch, b.rows, b.cols, a.heads, a.key_heads, a.size) = shapes;
+  std::tie(scale, a.left, a.right, softcap, dropout, a.seed) = options;
+  a.q = attention_view(q);
+  a.k = attention_view(k);
+  a.v = attention_view(v);
+  a.scale = float(scale);
+  a.softcap = float(softcap);
+  if (dropout > 0) {
+    a.keep_scale = float(1 / (1 - dropout));
+    a.drop_below = uint32_t(dropout * 4294967296.0);
+  }
+  b.q_ends = pointer<int32_t>(ends.first);
+  b.k_ends = pointer<int32_t>(ends.second);
+  std::tie(a.statistics_batch, a.statistics_head) = statistics;
+  return {a, b};
+}
+
+void attention_forward_binding(const View& q, const View& k, const View& v,
+                               const AttentionShapes& shapes, const AttentionOptions& options,
+                               const std::pair<uintptr_t, uintptr_t>& ends,
+                               const Pair& statistics, uintptr_t sink, uintptr_t out,
+                               uintptr_t lse, uintptr_t rest, int dtype, int threads) {
+  auto [a, batch] = attention_call(q, k, v, shapes, options, ends, statistics);
+  a.sink = pointer<float>(sink);
+  a.out = pointer(out);
+  a.lse = pointer<float>(lse);
+  a.rest = pointer<float>(rest);
+  attention_forward(a, batch, dtype, threads);
+}
+
+void attention_backward_binding(const View& q, const View& k, const View& v, const View& out,
+                                const View& dout, const AttentionShapes& shapes,
+                                const AttentionOptions& options,
+                                const std::pair<uintptr_t, uintptr_t>& ends,
+                                const Pair& statistics, uintptr_t lse, uintptr_t rest,
+                                uintptr_t dlse, uintptr_t dq, uintptr_t dk, uintptr_t dv,
+                                uintptr_t delta, int dtype, int threads) {
+  auto [a, batch] = attention_call(q, k, v, shapes, options, ends, statistics);
+  a.o = attention_view(out);
+  a.dout = attention_view(dout);
+  a.lse = pointer<float>(lse);
+  a.rest = pointer<float>(rest);
+  a.dlse = pointer<float>(dlse);
+  a.dq = pointer(dq);
+  a.dk = pointer(dk);
+  a.dv = pointer(dv);
+  a.delta = pointer<float>(delta);
+  attention_backward(a, batch, dtype, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -148,13 +224,16 @@ PYBIND11_MODULE(_native, m) {
 
   m.def("isa_levels", isa_levels, "Instruction set levels that this machine runs, best last.");
   m.def("isa", [] { return std::string(kIsaNames[int(current_isa())]); }, "The level in use.");
-  m.def("set_isa", set_isa, py::arg("name"), "Use a lower level (for tests).");
+  m.def("set_isa", set_isa, py::arg("name"), py::arg("emulated") = false,
+        "Use another level (for tests).");
   m.def("parallel_runtime", parallel_runtime, "Where the threads come from.");
 
   const py::call_guard<py::gil_scoped_release> no_gil;
   m.def("rms_norm_forward", rms_norm_forward_binding, no_gil);
   m.def("rms_norm_backward", rms_norm_backward_binding, no_gil);
   m.def("rms_norm_block_rows", rms_norm_block_rows, "Rows in a block of dweight's partial sums.");
+  m.def("attention_forward", attention_forward_binding, no_gil);
+  m.def("attention_backward", attention_backward_binding, no_gil);
 
   py::class_<StepPlan>(m, "StepPlan", "Tensors that an optimizer steps together.")
       .def(py::init<const std::vector<StepRow>&>())

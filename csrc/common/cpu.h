@@ -1,9 +1,9 @@
 // Which instruction sets this CPU and operating system have, and which one the kernels use.
 #pragma once
 
-enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4 };
 
-constexpr const char* kIsaNames[] = {"portable", "avx2", "avx512", "avx512bf16"};
+constexpr const char* kIsaNames[] = {"portable", "avx2", "avx512", "avx512bf16", "amx"};
 
 // The best level that this machine runs.
 Isa best_isa();
@@ -12,11 +12,14 @@ Isa best_isa();
 Isa current_isa();
 void set_current_isa(Isa isa);
 
-// The kernel table of the level in use. Every op has one table per level, in this order.
+// The kernel table of the level in use. Every op has one table per level, in this order; without
+// one for AMX the level before it serves.
 template <class Table>
 const Table& pick(const Table& portable, const Table& avx2, const Table& avx512,
-                  const Table& avx512bf16) {
+                  const Table& avx512bf16, const Table& amx) {
   switch (current_isa()) {
+    case Isa::kAmx:
+      return amx;
     case Isa::kAvx512Bf16:
       return avx512bf16;
     case Isa::kAvx512:
@@ -26,4 +29,10 @@ const Table& pick(const Table& portable, const Table& avx2, const Table& avx512,
     default:
       return portable;
   }
+}
+
+template <class Table>
+const Table& pick(const Table& portable, const Table& avx2, const Table& avx512,
+                  const Table& avx512bf16) {
+  return pick(portable, avx2, avx512, avx512bf16, avx512bf16);
 }

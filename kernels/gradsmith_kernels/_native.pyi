@@ -2,7 +2,7 @@ from collections.abc import Sequence
 
 def isa_levels() -> list[str]: ...
 def isa() -> str: ...
-def set_isa(name: str) -> None: ...
+def set_isa(name: str, emulated: bool = False) -> None: ...
 def parallel_runtime() -> str: ...
 def rms_norm_forward(
     x: int,
@@ -42,6 +42,47 @@ def rms_norm_backward(
 ) -> None: ...
 def rms_norm_block_rows(rows: int, /) -> int: ...
 
+_View = tuple[int, int, int, int]
+_Shapes = tuple[int, int, int, int, int, int]
+_Options = tuple[float, int, int, float, float, int]
+
+def attention_forward(
+    q: _View,
+    k: _View,
+    v: _View,
+    shapes: _Shapes,
+    options: _Options,
+    ends: tuple[int, int],
+    statistics: tuple[int, int],
+    sink: int,
+    out: int,
+    lse: int,
+    rest: int,
+    dtype: int,
+    threads: int,
+    /,
+) -> None: ...
+def attention_backward(
+    q: _View,
+    k: _View,
+    v: _View,
+    out: _View,
+    dout: _View,
+    shapes: _Shapes,
+    options: _Options,
+    ends: tuple[int, int],
+    statistics: tuple[int, int],
+    lse: int,
+    rest: int,
+    dlse: int,
+    dq: int,
+    dk: int,
+    dv: int,
+    delta: int,
+    dtype: int,
+    threads: int,
+    /,
+) -> None: ...
 class StepPlan:
     def __init__(
         self,

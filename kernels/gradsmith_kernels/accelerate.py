@@ -1,12 +1,15 @@
 """Puts gradsmith's kernels under a transformers model, in place and undoable.
 
-A module is replaced by giving it a subclass of its own class with another `forward`. Parameters,
-state-dict names, hooks, `isinstance` and saving stay as they were.
+Attention comes in by transformers' own door (transformers_attention.py). Another module is replaced
+by giving it a subclass of its own class with another `forward`. Parameters, state-dict names,
+hooks, `isinstance` and saving stay as they were.
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
+import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradsmith_kernels import backends
+from gradsmith_kernels import backends, transformers_attention
+from gradsmith_kernels.attention import op as attention_op
+from gradsmith_kernels.rms_norm import op as rms_norm_op
 from gradsmith_kernels.rms_norm import rms_norm
-from gradsmith_kernels.rms_norm.op import FLOATS, OP
 
 __all__ = ["Report", "accelerate"]
 
@@ -29,23 +33,28 @@ _RMS_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 class Report:
     """What `accelerate` did to a model.
 
-    replaced: module name -> (op, backend) that now computes it.
+    replaced: module name -> (op, backend) that now computes it. For attention that is the name of
+        the model whose layers it is, "" for the one that was given.
     left_alone: module name -> why it was not replaced, for modules that look as if they could be.
     """
 
     replaced: dict[str, tuple[str, str]] = field(default_factory=dict)
     left_alone: dict[str, str] = field(default_factory=dict)
-    _originals: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list, repr=False)
+    _undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
 
     def undo(self) -> None:
         """Gives every replaced module its own forward back."""
-        for module, original in self._originals:
-            module.__class__ = original
-        self._originals.clear()
+        for restore in self._undo:
+            restore()
+        self._undo.clear()
 
     def __str__(self) -> str:
-        lines = [f"{name}: {op} ({backend})" for name, (op, backend) in self.replaced.items()]
-        lines += [f"{name}: left alone, {reason}" for name, reason in self.left_alone.items()]
+        lines = [
+            f"{name or 'model'}: {op} ({backend})" for name, (op, backend) in self.replaced.items()
+        ]
+        lines += [
+            f"{name or 'model'}: left alone, {reason}" for name, reason in self.left_alone.items()
+        ]
         return "\n".join(lines) or "no module that gradsmith_kernels could replace"
 
 
@@ -57,9 +66,15 @@ def accelerate(
 ) -> Report:
     """Replaces what gradsmith has kernels for inside a transformers model.
 
-    Today that is `rms_norm`, under Llama, Mistral, Qwen2 and Qwen3 models (with frozen weights too,
-    whose gradient is then not computed). The loss and the gradients stay those of the untouched
-    model to rounding. Modules already replaced are left alone, so calling it twice is harmless.
+    Today that is
+
+    - `attention`, under every model whose attention transformers can exchange and that can do
+      without a mask of Sq x Sk (those that take flash attention);
+    - `rms_norm`, under Llama, Mistral, Qwen2 and Qwen3 models (with frozen weights too, whose
+      gradient is then not computed).
+
+    The loss and the gradients stay those of the untouched model to rounding. What is replaced
+    already is left alone, so calling it twice is harmless.
 
     Args:
         model: a model of transformers, on its device and with its weights loaded.
@@ -69,7 +84,7 @@ def accelerate(
     Raises:
         ValueError: `only` or `without` names an unknown op.
     """
-    ops = {"rms_norm": _accelerate_rms_norm}
+    ops = {"attention": _accelerate_attention, "rms_norm": _accelerate_rms_norm}
     for argument, names in (("only", only), ("without", without)):
         for name in names or ():
             if name not in ops:
@@ -81,24 +96,74 @@ def accelerate(
     report = Report()
     for op, replace in ops.items():
         if (only is None or op in only) and op not in (without or ()):
-            for name, module in model.named_modules():
-                replace(name, module, report)
+            replace(model, report)
     return report
 
 
-def _accelerate_rms_norm(name: str, module: Any, report: Report) -> None:
-    cls = type(module)
-    if issubclass(cls, _Accelerated):
-        report.left_alone[name] = "already accelerated"
-    elif cls.__name__.endswith("RMSNorm"):
-        reason = _unfit_rms_norm(module)
+def _accelerate_attention(model: nn.Module, report: Report) -> None:
+    transformers = sys.modules.get("transformers")
+    if transformers is None:  # then this is none of its models
+        return
+    seen = set()  # a model and the model within it share a config
+    for name, module in model.named_modules():
+        if not isinstance(module, transformers.PreTrainedModel) or id(module.config) in seen:
+            continue
+        config: Any = module.config
+        seen.add(id(config))
+        reason = _unfit_attention(module)
         if reason:
             report.left_alone[name] = reason
-        else:
-            backend = OP.resolve(None, module.weight.device.type, module.weight.dtype)
+            continue
+        backend = attention_op.OP.resolve(None, module.device.type, module.dtype)
+        before = config._attn_implementation
+        # As a mapping it is for this config alone, not for those of the models within.
+        config._attn_implementation = {"": transformers_attention.NAME}
+        report.replaced[name] = ("attention", backend)
+        report._undo.append(
+            functools.partial(setattr, config, "_attn_implementation", {"": before})
+        )
+
+
+def _unfit_attention(model: Any) -> str | None:
+    """Why the layers of a transformers model keep the attention that they have."""
+    implementation = model.config._attn_implementation
+    if implementation == transformers_attention.NAME:
+        return "already accelerated"
+    if implementation not in ("sdpa", "eager"):
+        return f"its attention is {implementation}, which somebody chose"
+    if model.config.output_attentions:
+        return "it is to return its attention weights, which the kernels do not keep"
+    if not model._can_set_attn_implementation():
+        return "its attention does not go through transformers' AttentionInterface"
+    if not model._supports_flash_attn:
+        return "its attention may need a mask of Sq x Sk: it does not take flash attention"
+    if model.device.type == "meta":
+        return "it is on the meta device: accelerate the model after loading it"
+    if model.dtype not in attention_op.FLOATS:
+        return f"it is {model.dtype}, beyond what the kernels take"
+    try:
+        attention_op.OP.resolve(None, model.device.type, model.dtype)
+        transformers_attention.register()
+    except RuntimeError as error:  # backends.BackendError is one
+        return str(error)
+    return None
+
+
+def _accelerate_rms_norm(model: nn.Module, report: Report) -> None:
+    for name, module in model.named_modules():
+        cls = type(module)
+        if issubclass(cls, _Accelerated):
+            report.left_alone[name] = "already accelerated"
+        elif cls.__name__.endswith("RMSNorm"):
+            reason = _unfit_rms_norm(module)
+            if reason:
+                report.left_alone[name] = reason
+                continue
+            weight: Any = module.weight
+            backend = rms_norm_op.OP.resolve(None, weight.device.type, weight.dtype)
             module.__class__ = _subclass(cls)
             report.replaced[name] = ("rms_norm", backend)
-            report._originals.append((module, cls))
+            report._undo.append(functools.partial(setattr, module, "__class__", cls))
 
 
 def _unfit_rms_norm(module: Any) -> str | None:
@@ -111,10 +176,10 @@ def _unfit_rms_norm(module: Any) -> str | None:
         return "it has no weight and variance_epsilon"
     if weight.device.type == "meta":
         return "its weight is on the meta device: accelerate the model after loading it"
-    if weight.dtype not in FLOATS:
+    if weight.dtype not in rms_norm_op.FLOATS:
         return f"its weight is {weight.dtype} (quantised, or beyond what the kernels take)"
     try:
-        OP.resolve(None, weight.device.type, weight.dtype)
+        rms_norm_op.OP.resolve(None, weight.device.type, weight.dtype)
     except backends.BackendError as error:
         return str(error)
     return None

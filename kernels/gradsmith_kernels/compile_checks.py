@@ -40,7 +40,7 @@ class Resources:
     registers: a thread's (vector registers on AMD). stack: bytes of a thread's local memory.
     spill_loads, spill_stores: instructions that reach it (on AMD: spilled registers, no stores).
     shared: bytes of a block's shared memory. loads_128: 128-bit loads from global memory in the
-    code. tensor_core: matrix instructions (MMA, HGMMA, UTCMMA, MFMA).
+    code, to registers or to shared memory (LDGSTS). tensor_core: matrix instructions (MMA, HGMMA, UTCMMA, MFMA).
     """
 
     registers: int
@@ -69,7 +69,9 @@ def compile_case(case: CompileCase, chip: str) -> Resources:
         # Without this, loads degrade to one element each.
         {(names.index(n),): [["tt.divisibility", 16]] for n in names if n in case.aligned},
     )
-    options = {"num_warps": case.num_warps, "enable_fp_fusion": True}
+    options: dict[str, Any] = {"num_warps": case.num_warps, "enable_fp_fusion": True}
+    if case.num_stages is not None:
+        options["num_stages"] = case.num_stages
     kernel = triton.compile(source, target=GPUTarget(*CHIPS[chip]), options=options)
     read = _read_cubin if CHIPS[chip][0] == "cuda" else _read_amdgcn
     return read(kernel)
@@ -95,7 +97,7 @@ def _read_cubin(kernel: Any) -> Resources:
         spill_loads=_count(r"\bLDL\b", code),
         spill_stores=_count(r"\bSTL\b", code),
         shared=kernel.metadata.shared,
-        loads_128=_count(r"\bLDG\.E[.\w]*\.128\b", code),
+        loads_128=_count(r"\bLDG(STS)?\.E[.\w]*\.128\b", code),
         tensor_core=_count(r"\b(HMMA|HGMMA|IMMA|IGMMA|QGMMA|UTC\w*MMA)\b", code),
     )
 
@@ -131,7 +133,8 @@ def budgets_path(spec: Spec) -> Path:
 def measure(op_name: str, chip: str) -> dict[str, dict[str, int]]:
     """Kernel name -> resources, for every kernel of an op on one chip."""
     spec = next(spec for spec in all_specs() if spec.op.name == op_name)
-    return {case.name: asdict(compile_case(case, chip)) for case in spec.compile_cases()}
+    cases = [case for case in spec.compile_cases() if chip in (case.chips or CHIPS)]
+    return {case.name: asdict(compile_case(case, chip)) for case in cases}
 
 
 def measure_all(specs: list[Spec]) -> dict[str, dict[str, dict[str, dict[str, int]]]]:

@@ -44,7 +44,8 @@ class CompileCase:
     types: argument name -> Triton type ("*bf16", "i32", ...); may name more than the kernel has.
     constants: the constexpr arguments.
     aligned: names of arguments that are multiples of 16; may name more than the kernel has.
-    num_warps: as in the launch.
+    num_warps, num_stages: as in the launch; None is Triton's own number of stages.
+    chips: those whose launches look like this (names of `compile_checks.CHIPS`); None is all.
     """
 
     name: str
@@ -53,6 +54,8 @@ class CompileCase:
     constants: Mapping[str, Any]
     aligned: tuple[str, ...]
     num_warps: int
+    num_stages: int | None = None
+    chips: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)

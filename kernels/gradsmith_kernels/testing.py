@@ -158,7 +158,8 @@ def device_of(backend: str) -> torch.device:
 def backends_of(spec: Spec, sample: Sample) -> list[str]:
     """The backends that this machine has and that take the sample's dtypes."""
     inputs = sample.make(torch.device("cpu")).values()
-    dtypes = {value.dtype for value in inputs if isinstance(value, Tensor)} | {sample.dtype}
+    tensors = [value for value in inputs if isinstance(value, Tensor)]
+    dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()} | {sample.dtype}
     return [
         backend
         for backend in spec.op.implementations

@@ -40,6 +40,7 @@ def test_loss_and_gradients_are_those_of_the_untouched_model(kind):
     model = tiny(kind)
     accelerated = copy.deepcopy(model)
     report = accelerate(accelerated)
+    assert report.replaced.pop("") == ("attention", "cpu")
     assert len(report.replaced) == KINDS[kind][1]
     assert set(report.replaced.values()) == {("rms_norm", "cpu")}
     loss, gradients = loss_and_gradients(model)
@@ -55,7 +56,8 @@ def test_the_kernels_really_run():
     with torch.profiler.profile() as profile:
         loss_and_gradients(model)
     names = {event.key for event in profile.key_averages()}
-    assert {"gradsmith::rms_norm", "gradsmith::rms_norm_backward"} <= names
+    for op in ("rms_norm", "attention"):
+        assert {f"gradsmith::{op}", f"gradsmith::{op}_backward"} <= names
 
 
 def test_undo_gives_the_model_back():
@@ -64,8 +66,10 @@ def test_undo_gives_the_model_back():
     keys = list(model.state_dict())
     report = accelerate(model)
     assert list(model.state_dict()) == keys
+    assert model.config._attn_implementation == "gradsmith"
     report.undo()
     assert {name: type(module) for name, module in model.named_modules()} == before
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_twice_is_harmless():
@@ -94,7 +98,7 @@ def test_frozen_norms_are_accelerated_as_well():
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("norm" not in name)
     twin = copy.deepcopy(model)
-    assert len(accelerate(twin).replaced) == 5
+    assert len(accelerate(twin, only=["rms_norm"]).replaced) == 5
     for ours, theirs in zip(loss_and_gradients(twin)[1], loss_and_gradients(model)[1], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
@@ -129,8 +133,10 @@ def test_mixed_dtypes_keep_the_modules_own_result():
 
 def test_only_and_without():
     model = tiny()
-    assert accelerate(model, without=["rms_norm"]).replaced == {}
+    assert accelerate(model, without=["rms_norm", "attention"]).replaced == {}
     assert len(accelerate(model, only=["rms_norm"]).replaced) == 5
+    assert model.config._attn_implementation == "sdpa"
+    assert accelerate(model, without=["rms_norm"]).replaced == {"": ("attention", "cpu")}
     with pytest.raises(ValueError, match="did you mean 'rms_norm'"):
         accelerate(model, only=["rmsnorm"])
 
@@ -144,3 +150,98 @@ def test_it_compiles():
     torch.testing.assert_close(compiled_loss, loss)
     for one, other in zip(compiled_gradients, gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+# -------------------------------------------------------------------------------- attention alone
+
+
+def attention_of(model, **options):
+    """What `accelerate` says of a model's attention: a backend, or why it is left alone."""
+    report = accelerate(model, only=["attention"], **options)
+    (found,) = {**report.replaced, **report.left_alone}.values()
+    return found
+
+
+def test_attention_that_is_left_alone():
+    assert "flash_attention_2, which somebody chose" in attention_of(with_config(
+        _attn_implementation="flash_attention_2"))  # fmt: skip
+    assert "return its attention weights" in attention_of(with_config(
+        _attn_implementation="eager", output_attentions=True))  # fmt: skip
+    assert "torch.float64, beyond" in attention_of(tiny().double())
+    assert "meta device" in attention_of(tiny().to("meta"))
+    small = {"hidden_size": 32, "n_head": 4, "n_layer": 1, "vocab_size": 50}
+    bloom = transformers.BloomForCausalLM(transformers.BloomConfig(**small))
+    assert "does not go through transformers' AttentionInterface" in attention_of(bloom)
+    t5 = transformers.T5Config(
+        d_model=32, d_kv=8, num_heads=4, num_layers=1, d_ff=48, vocab_size=50
+    )
+    report = accelerate(transformers.T5ForConditionalGeneration(t5), only=["attention"])
+    assert report.replaced == {}
+    assert all("does not take flash attention" in why for why in report.left_alone.values())
+
+
+def with_config(**values):
+    model = tiny()
+    for name, value in values.items():
+        setattr(model.config, name, value)
+    return model
+
+
+def test_eager_attention_is_replaced_and_comes_back():
+    model = with_config(_attn_implementation="eager")
+    report = accelerate(model, only=["attention"])
+    assert report.replaced == {"": ("attention", "cpu")}
+    report.undo()
+    assert model.config._attn_implementation == "eager"
+
+
+def test_a_model_of_models_has_an_entry_for_each():
+    text = tiny().config
+    vision = transformers.SiglipVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        image_size=8, patch_size=4,
+    )  # fmt: skip
+    config = transformers.LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=49,
+        vision_feature_layer=-1, vision_feature_select_strategy="full",
+    )  # fmt: skip
+    model = transformers.LlavaForConditionalGeneration(config)
+    report = accelerate(model, only=["attention"])
+    assert set(report.replaced) == {"", "model.vision_tower", "model.language_model"}
+    configs = (config, config.vision_config, config.text_config)
+    assert [c._attn_implementation for c in configs] == ["gradsmith"] * 3
+    inputs = {"input_ids": torch.tensor([[1, 49, 49, 49, 49, 2]]),
+              "pixel_values": torch.randn(1, 3, 8, 8)}  # fmt: skip
+    with torch.no_grad():
+        ours = model(**inputs).logits
+        report.undo()
+        torch.testing.assert_close(ours, model(**inputs).logits, rtol=1e-4, atol=1e-5)
+    assert [c._attn_implementation for c in configs] == ["sdpa"] * 3
+
+
+def test_under_an_adapter():
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+    model = peft.get_peft_model(tiny(), lora)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, 0, 0.1)
+    loss, gradients = loss_and_gradients(model)
+    report = accelerate(model)
+    assert report.replaced["base_model.model"] == ("attention", "cpu")
+    our_loss, our_gradients = loss_and_gradients(model)
+    torch.testing.assert_close(our_loss, loss)
+    for ours, theirs in zip(our_gradients, gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_a_saved_model_loads_without_gradsmith(tmp_path):
+    model = tiny()
+    accelerate(model)
+    model.save_pretrained(tmp_path)
+    written = "".join(path.read_text() for path in tmp_path.glob("*.json"))
+    assert "gradsmith" not in written
+    assert (
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation
+        == "sdpa"
+    )

@@ -43,12 +43,12 @@ def attention(
         window_size: (left, right), both inclusive; -1 is unlimited.
         softcap: bound of the scores' magnitude, by tanh; 0 is none.
         sink: (H,), a learnt logit that joins each row's denominator and has no value (gpt-oss).
-        dropout_p: probability with which an entry of p is zeroed, in [0, 1); the others are divided
-            by 1 - dropout_p.
-        dropout_seed: an int, or a tensor with one int64 (where the tensors are). The same seed gives
-            the same mask on every backend, forward and backward: entry (b, h, i, j) is kept where
-            Philox4x32-7 (Salmon et al. 2011) of counter (j, i, h, b) and this key is at least
-            dropout_p * 2^32. None draws one from torch's generator.
+        dropout_p: probability with which an entry of p is zeroed, in [0, 1); the others are
+            divided by 1 - dropout_p.
+        dropout_seed: an int, or a tensor with one int64 on q's device. The same seed gives the same
+            mask on every backend, forward and backward: entry (b, h, i, j) is kept where the first
+            word of Philox4x32-7 (Salmon et al. 2011) of counter (j, i, h, b) and this key is at
+            least dropout_p * 2^32. None draws one from torch's generator.
         return_lse: return (out, lse).
         backend: reference, cpu or triton; None chooses by device, see `backends`.
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradsmith_kernels.attention.reference import Options, statistics_shape
+from gradsmith_kernels.attention.reference import Options, rest_shape, statistics_shape
 from gradsmith_kernels.backends import Implementation, Op
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -30,12 +31,12 @@ _OPTIONS = (
 torch.library.define(
     "gradsmith::attention",
     "(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? sink,"
-    f" Tensor? seed, {_OPTIONS}) -> (Tensor out, Tensor lse)",
+    f" Tensor? seed, {_OPTIONS}) -> (Tensor out, Tensor lse, Tensor rest)",
 )
 torch.library.define(
     "gradsmith::attention_backward",
     "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
-    f" Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seed, {_OPTIONS})"
+    f" Tensor rest, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seed, {_OPTIONS})"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor delta)",
 )
 
@@ -63,7 +64,9 @@ def call(
     if q.dim() != dimensions:
         shape = "(B, S, H, D)" if dimensions == 4 else "(N, H, D)"
         raise ValueError(f"attention: q must be {shape}; it is {tuple(q.shape)}")
-    if len(window_size) != 2 or min(window_size) < -1:
+    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
+        raise TypeError(f"attention: window_size is {window_size}; it must be (left, right)")
+    if min(window_size) < -1:
         raise ValueError(
             f"attention: window_size is {window_size}; it must be (left, right), each at least 0, "
             "or -1 for unlimited"
@@ -83,7 +86,7 @@ def call(
         else:
             seed = torch.tensor(dropout_seed, dtype=torch.int64, device=q.device)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    out, lse = torch.ops.gradsmith.attention.default(
+    out, lse, _ = torch.ops.gradsmith.attention.default(
         q,
         k,
         v,
@@ -165,8 +168,10 @@ def _check(
             )
     if sink is not None:
         if sink.shape != (heads,):
-            raise ValueError(f"attention: sink must be ({heads},), one logit a head of q; it is "
-                             f"{tuple(sink.shape)}")
+            raise ValueError(
+                f"attention: sink must be ({heads},), one logit a head of q; it is "
+                f"{tuple(sink.shape)}"
+            )
         if sink.dtype not in (*FLOATS, torch.float64):
             raise TypeError(f"attention: sink is {sink.dtype}; it must be a floating dtype")
         if (sink.dtype == torch.float64) != (q.dtype == torch.float64):
@@ -192,7 +197,7 @@ def _check_ends(name: str, ends: Tensor, rows: int, longest: int) -> None:
     values = ends.tolist()
     if values[0] != 0:
         raise ValueError(f"attention: {name}[0] is {values[0]}; it must be 0")
-    for i, (begin, end) in enumerate(zip(values, values[1:], strict=False)):
+    for i, (begin, end) in enumerate(itertools.pairwise(values)):
         if end < begin:
             raise ValueError(
                 f"attention: {name} falls from {begin} to {end} at position {i + 1}; it must never"
@@ -222,13 +227,13 @@ def _attention(
     max_seqlen_q: int,
     max_seqlen_k: int,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     options = Options(scale, left, right, softcap, dropout_p, max_seqlen_q, max_seqlen_k)
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, seed, options)
     if cu_seqlens_q is not None and cu_seqlens_k is not None and q.device.type == "cpu":
         _check_ends("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
         _check_ends("cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
-    result: tuple[Tensor, Tensor] = OP.choose(backend, q.device, q.dtype).forward(
+    result: tuple[Tensor, Tensor, Tensor] = OP.choose(backend, q.device, q.dtype).forward(
         q, k, v, cu_seqlens_q, cu_seqlens_k, sink, seed, options
     )
     return result
@@ -250,11 +255,12 @@ def _attention_fake(
     max_seqlen_q: int,
     max_seqlen_k: int,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     options = Options(scale, left, right, softcap, dropout_p, max_seqlen_q, max_seqlen_k)
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, seed, options)
     wide = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty(q.shape), q.new_empty(statistics_shape(q), dtype=wide)
+    out, lse = q.new_empty(q.shape), q.new_empty(statistics_shape(q), dtype=wide)
+    return out, lse, lse.new_empty(rest_shape(q))
 
 
 def _attention_backward(
@@ -265,6 +271,7 @@ def _attention_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    rest: Tensor,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     seed: Tensor | None,
@@ -278,15 +285,22 @@ def _attention_backward(
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     options = Options(scale, left, right, softcap, dropout_p, max_seqlen_q, max_seqlen_k)
-    result: tuple[Tensor, Tensor, Tensor, Tensor] = OP.choose(
-        backend, q.device, q.dtype
-    ).backward(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seed, options)
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = OP.choose(backend, q.device, q.dtype).backward(
+        dout, dlse, q, k, v, out, lse, rest, cu_seqlens_q, cu_seqlens_k, seed, options
+    )
     return result
 
 
 def _attention_backward_fake(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    *_: Any, **__: Any,
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *_: Any,
+    **__: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     return dq, dk, dv, lse.new_empty(lse.shape)
@@ -294,21 +308,24 @@ def _attention_backward_fake(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
-            out, lse = torch.ops.gradsmith.attention.default(*args)
+            out, lse, rest = torch.ops.gradsmith.attention.default(*args)
         q, k, v, cu_seqlens_q, cu_seqlens_k, sink, seed, *ctx.options = args
-        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, sink, seed)
+        ctx.save_for_backward(q, k, v, out, lse, rest, cu_seqlens_q, cu_seqlens_k, sink, seed)
+        ctx.mark_non_differentiable(rest)
         ctx.set_materialize_grads(False)
-        return out, lse
+        return out, lse, rest
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, sink, seed = ctx.saved_tensors
+    def backward(
+        ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None
+    ) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, rest, cu_seqlens_q, cu_seqlens_k, sink, seed = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
         dq, dk, dv, delta = torch.ops.gradsmith.attention_backward.default(
-            dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seed, *ctx.options
+            dout, dlse, q, k, v, out, lse, rest, cu_seqlens_q, cu_seqlens_k, seed, *ctx.options
         )
         dsink = None
         if sink is not None and ctx.needs_input_grad[5]:
@@ -317,8 +334,9 @@ class _Attention(torch.autograd.Function):
 
 
 def _sink_gradient(sink: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
-    """- sum over queries of p_sink * delta; in float64, so that the order of the sum is no matter."""
-    p = torch.exp(sink[:, None].double() - lse.double())
+    """- sum over queries of p_sink * delta, in float64: the order of the sum is then no matter."""
+    # Rows of no sequence have lse = -inf, and their p is 0, not infinite.
+    p = torch.exp(sink[:, None].double() - lse.double()).masked_fill(lse == -torch.inf, 0)
     terms = -p * delta
     return (terms.sum((0, 2)) if terms.dim() == 3 else terms.sum(1)).to(sink.dtype)
 

@@ -45,7 +45,9 @@ class Sequence:
     statistics: tuple[int | slice, ...]
 
 
-def sequences(q: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> list[Sequence]:
+def sequences(
+    q: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None
+) -> list[Sequence]:
     if cu_seqlens_q is None or cu_seqlens_k is None:
         return [Sequence(b, (b,), (b,), (b,)) for b in range(q.shape[0])]
     q_ends, k_ends = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
@@ -89,9 +91,7 @@ def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
     return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
-def kept(
-    seed: Tensor, dropout_p: float, batch: int, heads: int, rows: int, cols: int
-) -> Tensor:
+def kept(seed: Tensor, dropout_p: float, batch: int, heads: int, rows: int, cols: int) -> Tensor:
     """(heads, rows, cols) bool: the entries that dropout keeps in sequence `batch`."""
     device, value = seed.device, int(seed.item())
 
@@ -148,6 +148,11 @@ def statistics_shape(q: Tensor) -> tuple[int, ...]:
     return (q.shape[0], q.shape[2], q.shape[1]) if q.dim() == 4 else (q.shape[1], q.shape[0])
 
 
+def rest_shape(q: Tensor) -> tuple[int, ...]:
+    """Of rest: like lse for float32, empty for other dtypes, whose rounding hides it."""
+    return statistics_shape(q) if q.dtype == torch.float32 else (0,)
+
+
 def forward(
     q: Tensor,
     k: Tensor,
@@ -157,22 +162,38 @@ def forward(
     sink: Tensor | None,
     seed: Tensor | None,
     options: Options,
-) -> tuple[Tensor, Tensor]:
-    """out, like q and contiguous; lse, see `statistics_shape`. seed is None without dropout."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out, lse, rest. seed is None without dropout.
+
+    out: like q, contiguous. lse: float32, see `statistics_shape`. rest: what lse lost when it was
+    rounded, log(denominator) - lse, see `rest_shape`. With lse alone the backward's
+    p = exp(s - lse) would scale a row by up to 2^-25 * |lse|: four times float32's roundoff for
+    lse = 8. 0 where lse is -inf.
+    """
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     lse = _wide(q).new_full(statistics_shape(q), -torch.inf)
+    rest = lse.new_zeros(rest_shape(q))
     for sequence, query, key in _each(q, k, cu_seqlens_q, cu_seqlens_k):
         s = _scores(query, key, seed, options, sequence)
-        scores = s.scores
+        logits = s.scores
         if sink is not None:
-            scores = torch.cat([scores, _sink_column(sink, scores)], -1)
-        row_lse = torch.logsumexp(scores, -1) if scores.shape[-1] else lse[sequence.statistics]
-        p = torch.exp(s.scores - row_lse.masked_fill(row_lse == -torch.inf, 0)[..., None])
+            logits = torch.cat([logits, _sink_column(sink, logits)], -1)
+        if not logits.shape[-1]:
+            continue
+        highest = logits.amax(-1, keepdim=True)
+        highest = highest.masked_fill(highest == -torch.inf, 0)
+        denominator = torch.exp(logits - highest).sum(-1, keepdim=True)
+        p = torch.exp(s.scores - highest) / denominator.masked_fill(denominator == 0, 1)
         if s.keep is not None:
             p = p * s.keep
-        out[sequence.query] = (p @ _by_head(v[sequence.key], q.shape[-2])).transpose(0, 1).to(q.dtype)
-        lse[sequence.statistics] = row_lse
-    return out, lse
+        result = p @ _by_head(v[sequence.key], q.shape[-2])
+        out[sequence.query] = result.transpose(0, 1).to(q.dtype)
+        exact = denominator.double().log() + highest
+        lse[sequence.statistics] = exact[..., 0].to(lse.dtype)
+        if rest.numel():
+            lost = exact[..., 0] - lse[sequence.statistics]
+            rest[sequence.statistics] = lost.nan_to_num(0).to(rest.dtype)
+    return out, lse, rest
 
 
 def _sink_column(sink: Tensor, scores: Tensor) -> Tensor:
@@ -187,14 +208,17 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    rest: Tensor,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     seed: Tensor | None,
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv, contiguous; and delta = sum over D of dout * out, less dlse, like lse.
+    """dq, dk, dv, contiguous; and delta, like lse.
 
-    With ds_ij = p_ij * (dp_ij - delta_i): the sink's gradient follows from delta alone (op.py).
+    delta_i = dout_i . out_i - dlse_i, with which ds_ij = p_ij * (dp_ij - delta_i); the sink's
+    gradient follows from it alone (op.py). Here it is summed from p and dp, which is the same
+    number and needs no `out`.
     """
     dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     delta = torch.zeros_like(lse)
@@ -202,19 +226,22 @@ def backward(
     for sequence, query, key in _each(q, k, cu_seqlens_q, cu_seqlens_k):
         value = _by_head(v[sequence.key], heads)
         s = _scores(query, key, seed, options, sequence)
-        row_lse = lse[sequence.statistics]
-        p = torch.exp(s.scores - row_lse.masked_fill(row_lse == -torch.inf, 0)[..., None])
+        # In float64: s - lse, several times larger than s - max, would be rounded accordingly.
+        row_lse = lse[sequence.statistics][..., None].double()
+        if rest.numel():
+            row_lse = row_lse + rest[sequence.statistics][..., None]
+        p = torch.exp(s.scores - row_lse.masked_fill(row_lse == -torch.inf, 0)).to(query.dtype)
         dy = _by_head(dout[sequence.query], heads)
-        d = (dy * _by_head(out[sequence.query], heads)).sum(-1)
-        if dlse is not None:
-            d = d - dlse[sequence.statistics]
         dropped, dp = p, dy @ value.transpose(1, 2)
         if s.keep is not None:
             dropped, dp = p * s.keep, dp * s.keep
+        d = (p * dp).sum(-1)
+        if dlse is not None:
+            d = d - dlse[sequence.statistics]
         ds = p * (dp - d[..., None]) * options.scale
         if s.slope is not None:
             ds = ds * s.slope
-        rows, cols = query.shape[1], key.shape[1]
+        cols = key.shape[1]
 
         def by_key_head(x: Tensor, cols: int = cols) -> Tensor:
             return x.view(key_heads, heads // key_heads, cols, x.shape[-1]).sum(1).transpose(0, 1)
@@ -222,5 +249,5 @@ def backward(
         dq[sequence.query] = (ds @ key).transpose(0, 1).to(q.dtype)
         dk[sequence.key] = by_key_head(ds.transpose(1, 2) @ query).to(k.dtype)
         dv[sequence.key] = by_key_head(dropped.transpose(1, 2) @ dy).to(v.dtype)
-        delta[sequence.statistics] = d.view(heads, rows)
+        delta[sequence.statistics] = d
     return dq, dk, dv, delta

@@ -1,0 +1,4 @@
+#include "attention/attention_kernels.h"
+
+const AttentionKernels attention_avx512[3] = {kernels<FloatEngine, F32>(), kernels<FloatEngine, BF16>(),
+                                          kernels<FloatEngine, F16>()};
