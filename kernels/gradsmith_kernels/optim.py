@@ -14,11 +14,13 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from gradsmith_kernels.optim_base import FusedOptimizer, check_ranges
-from gradsmith_kernels.optimizer_step.quantize import dynamic_map
+from gradsmith_kernels.optimizer_step.quantize import decode, dynamic_map, encode
+from gradsmith_kernels.optimizer_step.tensors import STATE_BLOCK
 
 __all__ = [
     "LAMB",
     "SGD",
+    "STATE_BLOCK",
     "Adagrad",
     "Adam",
     "AdamW",
@@ -26,6 +28,8 @@ __all__ = [
     "FusedOptimizer",
     "Lion",
     "ScheduleFreeAdamW",
+    "decode",
+    "encode",
 ]
 
 

@@ -313,6 +313,13 @@ class FusedOptimizer(torch.optim.Optimizer):
             elif self.weights == "kahan":
                 state["compensation"] = torch.zeros(p.shape, dtype=torch.bfloat16, device=p.device)
 
+    def new_state(self, p: Tensor) -> dict[str, Any]:
+        """The state that `p` starts with, for whoever restores one piece by piece."""
+        groups = (g for g in self.param_groups if any(q is p for q in g["params"]))
+        state: dict[str, Any] = {}
+        self._init_state(p, state, next(groups, self.param_groups[0]))
+        return state
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of this class, or of its counterpart in torch."""
         super().load_state_dict(state_dict)

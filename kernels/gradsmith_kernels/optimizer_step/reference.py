@@ -75,45 +75,45 @@ class Plan:
 def update(
     rule: str, o: Options, t: float, x: Tensor, g: Tensor, states: list[Tensor]
 ) -> Tensor:
-    """The new x; the states are changed in place. Formulas: rules.py."""
+    """The new x; x and the states are changed in place. Formulas: rules.py."""
     lr, decay = o["lr"], o["weight_decay"]
     if rule in ("schedule_free", "lamb"):
         first, v = states
-        v += (1 - o["beta2"]) * (g * g - v)
+        v.mul_(o["beta2"]).addcmul_(g, g, value=1 - o["beta2"])
         denominator = v.sqrt() / math.sqrt(1 - o["beta2"] ** t) + o["eps"]
         if rule == "lamb":
-            first += (1 - o["beta1"]) * (g - first)
-            d = first / (1 - o["beta1"] ** t) / denominator + decay * x
+            first.add_(g - first, alpha=1 - o["beta1"])
+            d = (first / (1 - o["beta1"] ** t) / denominator).add_(x, alpha=decay)
             squares = (float((vector.double() ** 2).sum()) for vector in (x, d))
-            return x - lr * trust_ratio(*squares) * d
-        d = g / denominator + decay * x
-        moved = x + o["average"] * (first - x) - lr * (1 - o["beta1"] * (1 - o["average"])) * d
-        first -= lr * d
-        return shrink(moved, lr * o["l1"])
+            return x.sub_(d, alpha=lr * trust_ratio(*squares))
+        d = (g / denominator).add_(x, alpha=decay)
+        x.lerp_(first, o["average"]).sub_(d, alpha=lr * (1 - o["beta1"] * (1 - o["average"])))
+        first.sub_(d, alpha=lr)
+        return shrink(x, lr * o["l1"])
     if not o["decoupled"]:
-        g = g + decay * x
+        g = g.add(x, alpha=decay)
     else:
-        x = x - lr * decay * x
+        x.sub_(x, alpha=lr * decay)
     if rule == "adam":
         m, v = states
-        m += (1 - o["beta1"]) * (g - m)
-        v += (1 - o["beta2"]) * (g * g - v)
+        m.add_(g - m, alpha=1 - o["beta1"])
+        v.mul_(o["beta2"]).addcmul_(g, g, value=1 - o["beta2"])
         denominator = v.sqrt() / math.sqrt(1 - o["beta2"] ** t) + o["eps"]
-        x = x - lr / (1 - o["beta1"] ** t) * (m / denominator)
+        x.addcdiv_(m, denominator, value=-lr / (1 - o["beta1"] ** t))
     elif rule == "lion":
         (m,) = states
-        x = x - lr * (m + (1 - o["beta1"]) * (g - m)).sign()
-        m += (1 - o["beta2"]) * (g - m)
+        x.sub_(m.add(g - m, alpha=1 - o["beta1"]).sign_(), alpha=lr)
+        m.add_(g - m, alpha=1 - o["beta2"])
     elif rule == "sgd":
-        x = x - lr * g
+        x.sub_(g, alpha=lr)
     elif rule == "momentum":
         (m,) = states
-        m.copy_(g if t == 1 else o["momentum"] * m + (1 - o["dampening"]) * g)
-        x = x - lr * (g + o["momentum"] * m if o["nesterov"] else m)
+        m.mul_(o["momentum"]).add_(g, alpha=1.0 if t == 1 else 1 - o["dampening"])
+        x.sub_(g.add(m, alpha=o["momentum"]) if o["nesterov"] else m, alpha=lr)
     elif rule == "adagrad":
         (s,) = states
-        s += g * g
-        x = x - lr / (1 + (t - 1) * o["lr_decay"]) * (g / (s.sqrt() + o["eps"]))
+        s.addcmul_(g, g)
+        x.addcdiv_(g, s.sqrt() + o["eps"], value=-lr / (1 + (t - 1) * o["lr_decay"]))
     return shrink(x, lr * o["l1"])
 
 
