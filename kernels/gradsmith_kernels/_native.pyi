@@ -83,6 +83,7 @@ def attention_backward(
     threads: int,
     /,
 ) -> None: ...
+
 class StepPlan:
     def __init__(
         self,

@@ -161,9 +161,10 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _scale(self, batches: Sequence[_Batch]) -> float | None:
         """What the gradients are multiplied with; None if the step is to be skipped."""
         scale = 1.0
-        if getattr(self, "grad_scale", None) is not None:
-            scale = 1 / float(self.grad_scale)
-        if getattr(self, "found_inf", None) is not None and float(self.found_inf):
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if grad_scale is not None:
+            scale = 1 / float(grad_scale)
+        if found_inf is not None and float(found_inf):
             return None
         if self.max_grad_norm is None:
             return scale
@@ -269,10 +270,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             return [state[name] for state in states] if name in states[0] else []
 
         rule = self._rule(self.param_groups[number])
-        kept = [column(name) for name in self.state_names[: RULES[rule].states]]
+        names = (*self.state_names[: RULES[rule].states], "", "")  # of no column
         tensors = Tensors(
             chosen,
-            *(kept[i] if i < len(kept) else [] for i in (0, 1)),
+            column(names[0]),
+            column(names[1]),
             column("absmax1"),
             column("absmax2"),
             column("master"),
@@ -381,9 +383,7 @@ def check_ranges(
     if "betas" in group:
         beta1, beta2 = group["betas"]
         if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
-            raise ValueError(
-                f"{name}: betas is {group['betas']}; it must be two numbers in [0, 1)"
-            )
+            raise ValueError(f"{name}: betas is {group['betas']}; it must be two numbers in [0, 1)")
     for option in at_least_zero:
         if not float(group[option]) >= 0:
             raise ValueError(f"{name}: {option} is {group[option]}; it must be a number >= 0")

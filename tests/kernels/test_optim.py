@@ -207,7 +207,7 @@ def test_bad_gradients_and_parameters():
         AdamW(embedding.parameters()).step()
     p = torch.ones(2, dtype=torch.complex64, requires_grad=True)
     p.grad = torch.ones(2, dtype=torch.complex64)
-    with pytest.raises(TypeError, match="parameter of shape .* is complex"):
+    with pytest.raises(TypeError, match=r"parameter of shape .* is complex"):
         AdamW([p]).step()
 
 
@@ -230,9 +230,11 @@ def test_bad_gradients_and_parameters():
 def test_the_op_checks_what_it_is_given(change, error, message):
     options = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
     options |= {"weight_decay": 0.0, "decoupled": 1.0, "l1": 0.0}
-    arguments = {
-        name: [torch.ones(3)] for name in ("params", "grads", "exp_avg", "exp_avg_sq")
-    } | {"rule": "adam", "steps": [torch.zeros(())], "options": options}
+    arguments = {name: [torch.ones(3)] for name in ("params", "grads", "exp_avg", "exp_avg_sq")} | {
+        "rule": "adam",
+        "steps": [torch.zeros(())],
+        "options": options,
+    }
     arguments |= change
     ordered = [arguments.pop(n) for n in ("rule", "params", "grads", "exp_avg", "exp_avg_sq")]
     with pytest.raises(error, match=message):

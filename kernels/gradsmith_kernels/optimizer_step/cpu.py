@@ -56,9 +56,7 @@ class Plan:
         for original, copy in self._copies:
             copy.copy_(original)
         used = [g if g.is_contiguous() else g.contiguous() for g in grads]
-        self._plan.set_grads(
-            [g.data_ptr() for g in used], [DTYPE_CODES[g.dtype] for g in used]
-        )
+        self._plan.set_grads([g.data_ptr() for g in used], [DTYPE_CODES[g.dtype] for g in used])
         counts = self._plan.count()
         number = {t: i for i, t in enumerate(dict.fromkeys(counts))}
         sets = [

@@ -36,8 +36,7 @@ def _step_fake(
     grads: Sequence[Tensor],
     *rest: Any,
 ) -> None:
-    columns, streams = rest[:7], rest[7]
-    check(RULES[rule], Tensors(params, *columns, streams), grads)
+    check(RULES[rule], Tensors(params, *rest[:8]), grads)
 
 
 def _step(
@@ -46,8 +45,8 @@ def _step(
     grads: Sequence[Tensor],
     *rest: Any,
 ) -> None:
-    columns, (streams, options, scale, zero_grads, seed, *backend) = rest[:7], rest[7:]
-    tensors = Tensors(params, *columns, streams)
+    options, scale, zero_grads, seed, *backend = rest[8:]
+    tensors = Tensors(params, *rest[:8])
     check(RULES[rule], tensors, grads)
     if params:
         name = backend[0] if backend else None

@@ -72,9 +72,7 @@ class Plan:
                 s.copy_(new)
 
 
-def update(
-    rule: str, o: Options, t: float, x: Tensor, g: Tensor, states: list[Tensor]
-) -> Tensor:
+def update(rule: str, o: Options, t: float, x: Tensor, g: Tensor, states: list[Tensor]) -> Tensor:
     """The new x; x and the states are changed in place. Formulas: rules.py."""
     lr, decay = o["lr"], o["weight_decay"]
     if rule in ("schedule_free", "lamb"):

@@ -124,6 +124,8 @@ def torch_step(inputs: Inputs, params: list[Tensor], states: list[list[Tensor]])
     rule, o = inputs["rule"], inputs["options"]
     betas = (o.get("beta1"), o.get("beta2"))
     keys: tuple[str, ...] = ()
+    cls: Any
+    kwargs: dict[str, Any]
     if rule == "adam":
         cls = torch.optim.AdamW if o["decoupled"] else torch.optim.Adam
         kwargs = {"betas": betas, "eps": o["eps"], "weight_decay": o["weight_decay"]}
@@ -287,9 +289,7 @@ class OptimizerStepSpec(Spec):
             steps = [torch.tensor(3.0), torch.tensor(0.0)]
             numbers = list(options(rule).values())
             rest = (steps, [0, 1], numbers, 0.5, True, None)
-            checks.append(
-                OpCheck(torch.ops.gradsmith.optimizer_step_.default, (*arguments, *rest))
-            )
+            checks.append(OpCheck(torch.ops.gradsmith.optimizer_step_.default, (*arguments, *rest)))
         return checks
 
     def compile_cases(self) -> list[CompileCase]:
@@ -395,7 +395,7 @@ class PublishedLion(torch.optim.Optimizer):
         super().__init__(params, {"lr": 1e-4, "betas": (0.9, 0.99)})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             for p in group["params"]:

@@ -39,8 +39,16 @@ TL_DTYPES = {
 }
 
 # The table's columns: addresses, then the number of elements and the key of the random bits.
-COLUMNS = ("params", "grads", "states1", "states2", "absmax1", "absmax2", "masters")
-COLUMNS += ("compensations",)
+COLUMNS = (
+    "params",
+    "grads",
+    "states1",
+    "states2",
+    "absmax1",
+    "absmax2",
+    "masters",
+    "compensations",
+)
 COUNT, KEY = tl.constexpr(len(COLUMNS)), tl.constexpr(len(COLUMNS) + 1)
 WIDTH = tl.constexpr(len(COLUMNS) + 2)
 GROUP = tl.constexpr(STATE_BLOCK)
@@ -59,7 +67,7 @@ def random_bits(key, at):
 
 @triton.jit
 def load_state(state_ptr, absmax_ptr, map_ptr, at, mask, STATE: tl.constexpr):
-    if STATE == tl.uint8:
+    if STATE == tl.uint8:  # noqa: SIM300
         codes = tl.load(state_ptr + at, mask).to(tl.int32)
         if mask is None:
             return tl.load(map_ptr + codes) * tl.load(absmax_ptr + at // GROUP)
@@ -85,7 +93,7 @@ def store_state(
     state_ptr, absmax_ptr, map_ptr, at, mask, value, random,
     ZERO: tl.constexpr, STATE: tl.constexpr, RANDOM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    if STATE == tl.uint8:
+    if STATE == tl.uint8:  # noqa: SIM300
         size = tl.abs(value)
         if mask is not None:
             size = tl.where(mask, size, 0.0)
@@ -108,7 +116,7 @@ def store_state(
             first = first & mask
         tl.store(absmax_ptr + at // GROUP, scale, first)
     else:
-        if RANDOM and STATE == tl.bfloat16:
+        if RANDOM and STATE == tl.bfloat16:  # noqa: SIM300
             bits = value.to(tl.uint32, bitcast=True)
             finite = (bits & 0x7F800000) != 0x7F800000
             raised = ((bits + random) & 0xFFFF0000).to(tl.float32, bitcast=True)
@@ -388,7 +396,8 @@ class Plan:
         for i, (g, key) in enumerate(zip(grads, keys, strict=True)):
             if g.numel() == 0:
                 continue
-            row = [0 if column[i] is None else column[i].data_ptr() for column in self._columns]
+            entries = [column[i] for column in self._columns]
+            row = [0 if tensor is None else tensor.data_ptr() for tensor in entries]
             row.insert(1, g.data_ptr())
             aligned = all(address % 16 == 0 for address in row)
             kind = (self._tensors.params[i].dtype, g.dtype, aligned)

@@ -39,7 +39,9 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 FORMAT = 1
-STATE_BLOCK = 256  # elements of an 8-bit state that share a scale; as gradsmith_kernels.optim has it
+STATE_BLOCK = (
+    256  # elements of an 8-bit state that share a scale; as gradsmith_kernels.optim has it
+)
 EIGHT_BIT = {"absmax1": ("state1", True), "absmax2": ("state2", False)}  # scales: codes, signed
 MASTER = "float32"  # the float32 weights' key beside the optimizer's own: exp_avg, exp_avg_sq
 
@@ -367,14 +369,6 @@ def load_optimizer(engine: DeepSpeedEngine, checkpoint: Path) -> dict[str, Any]:
     state_json: dict[str, Any] = read_json(checkpoint / "state.json")
     optimizer = engine.basic_optimizer
     mine = list(pieces(engine))
-    # 8-bit states are put back as they were where every piece lies in its blocks as it did; else
-    # their values are spread over the new blocks.
-    as_they_were = all(
-        any(s.start == p.start and s.length == p.length and s.phase == p.offset % STATE_BLOCK
-            for s in saved.get(p.name, []))
-        for p in mine
-    )  # fmt: skip
-    spread: dict[int, tuple[torch.Tensor, dict[str, torch.Tensor]]] = {}
     for piece in mine:
         state = optimizer.state[piece.owner]
         if not state:
@@ -382,6 +376,15 @@ def load_optimizer(engine: DeepSpeedEngine, checkpoint: Path) -> dict[str, Any]:
         for key, value in state_json["optimizer"].items():
             if key in state:
                 state[key].fill_(value)
+    # 8-bit states are put back as they were where every piece lies in its blocks as it did; else
+    # their values are spread over the new blocks.
+    as_they_were = all(
+        any(entry.is_as(piece, optimizer.state[piece.owner]) for entry in saved.get(piece.name, []))
+        for piece in mine
+    )
+    spread: dict[int, tuple[torch.Tensor, dict[str, torch.Tensor]]] = {}
+    for piece in mine:
+        state = optimizer.state[piece.owner]
         codes = {code: scale for scale, (code, _) in EIGHT_BIT.items() if scale in state}
         targets = {MASTER: piece.owner, **_states(engine, piece.owner)}
         if codes and not as_they_were:
@@ -424,6 +427,12 @@ class Saved:
     phase: int  # where in its first block of an 8-bit state it begins
     file: Any
     keys: set[str]
+
+    def is_as(self, piece: Piece, state: dict[str, torch.Tensor]) -> bool:
+        """Whether it is this piece, with the same elements in the same blocks."""
+        scales = {f"{self.name}:{scale}" for scale in EIGHT_BIT if scale in state}
+        place = (piece.start, piece.length, piece.offset % STATE_BLOCK)
+        return place == (self.start, self.length, self.phase) and scales <= self.keys
 
     def read(self, key: str, low: int, high: int, *, decoded: bool) -> torch.Tensor:
         """Elements [low, high) of the parameter; 8-bit ones as values if `decoded`."""
