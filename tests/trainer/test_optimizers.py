@@ -18,7 +18,7 @@ from gradsmith.training import engine as engines
 Tiny = Callable[..., Recipe]
 RATES = {
     "adamw": 3e-3, "adam": 3e-3, "adamw8bit": 3e-3, "lion": 1e-3, "sgd": 0.3, "adagrad": 0.03,
-    "lamb": 1e-2,
+    "lamb": 5e-2,
 }  # fmt: skip
 
 
