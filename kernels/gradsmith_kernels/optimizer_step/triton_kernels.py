@@ -276,7 +276,8 @@ def step_kernel(
     for start in range(0, whole, BLOCK):
         one, other = update(
             p_ptr, g_ptr, s1_ptr, s2_ptr, a1_ptr, a2_ptr, master_ptr, remainder_ptr,
-            c0, c1, c2, c3, c4, c5, c6, c7, signed_map, unsigned_map, key, lanes + start, None, scale,
+            c0, c1, c2, c3, c4, c5, c6, c7, signed_map, unsigned_map, key,
+            lanes + start, None, scale,
             RULE, STATES, STATE, MASTER, REMAINDER, RANDOM, ZERO_GRADS, BLOCK,
         )  # fmt: skip
         weights += one
@@ -285,7 +286,8 @@ def step_kernel(
         at = lanes + whole
         one, other = update(
             p_ptr, g_ptr, s1_ptr, s2_ptr, a1_ptr, a2_ptr, master_ptr, remainder_ptr,
-            c0, c1, c2, c3, c4, c5, c6, c7, signed_map, unsigned_map, key, at, at < first + count, scale,
+            c0, c1, c2, c3, c4, c5, c6, c7, signed_map, unsigned_map, key,
+            at, at < first + count, scale,
             RULE, STATES, STATE, MASTER, REMAINDER, RANDOM, ZERO_GRADS, BLOCK,
         )  # fmt: skip
         weights += one
@@ -518,7 +520,8 @@ def compile_cases() -> list[CompileCase]:
         if state == u8:  # with four warps they spill on NVIDIA; on AMD a warp is twice as wide
             launches = [(8, ("sm_80", "sm_90", "sm_100", "sm_120")), (NUM_WARPS, ("gfx942",))]
         for warps, chips in launches:
-            cases.append(CompileCase(name, step_kernel, types, constants, aligned, warps, chips))
+            case = CompileCase(name, step_kernel, types, constants, aligned, warps, chips=chips)
+            cases.append(case)
     norm_types = {"tensors_ptr": "*i64", "chunks_ptr": "*i64", "sums_ptr": "*fp64"}
     for dtype in (f32, bf16):
         constants = {"GRAD": dtype, **shape, "BLOCK": WIDE_BLOCK}
