@@ -4,12 +4,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <cmath>
+#include <algorithm>
+#include <array>
 
-#include "adamw/adamw_cpu.h"
 #include "attention/attention_cpu.h"
 #include "common/cpu.h"
 #include "common/parallel.h"
+#include "optimizer_step/optimizer_step_cpu.h"
 #include "rms_norm/rms_norm_cpu.h"
 
 namespace py = pybind11;
@@ -66,26 +67,82 @@ void rms_norm_backward_binding(uintptr_t dy, int64_t dy_stride, uintptr_t dh, in
   rms_norm_backward(a, x_dtype, weight_dtype, threads);
 }
 
-// One row per tensor: param, grad, exp_avg, exp_avg_sq, numel, param dtype, grad dtype, and the
-// address of the float that counts its steps, which is raised by one.
-using AdamWRow =
-    std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int, int, uintptr_t>;
+// param, state1, state2, absmax1, absmax2, master, compensation, address of the float that counts
+// its steps, numel, param dtype, state dtype, number of its stream of random bits.
+using StepRow = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t,
+                           uintptr_t, uintptr_t, int64_t, int, int, uint32_t>;
 
-void adamw_step_binding(const std::vector<AdamWRow>& rows, double lr, double beta1, double beta2,
-                        double eps, double weight_decay, int threads) {
-  std::vector<AdamWTensor> tensors;
-  tensors.reserve(rows.size());
-  for (const auto& [param, grad, exp_avg, exp_avg_sq, numel, param_dtype, grad_dtype, count] :
-       rows) {
-    const double step = *pointer<float>(count) += 1;
-    tensors.push_back({pointer(param), pointer(grad), pointer<float>(exp_avg),
-                       pointer<float>(exp_avg_sq), numel, param_dtype, grad_dtype,
-                       float(lr / (1 - std::pow(beta1, step))),
-                       float(1 / std::sqrt(1 - std::pow(beta2, step)))});
+// What stays the same from one step to the next, kept so that thousands of small tensors do not
+// cost thousands of Python calls a step.
+class StepPlan {
+ public:
+  explicit StepPlan(const std::vector<StepRow>& rows) {
+    for (const auto& [param, state1, state2, absmax1, absmax2, master, compensation, step, numel,
+                      param_dtype, state_dtype, stream] : rows) {
+      tensors_.push_back({pointer(param), nullptr, pointer(state1), pointer(state2),
+                          pointer<float>(absmax1), pointer<float>(absmax2), pointer<float>(master),
+                          pointer<uint16_t>(compensation), numel, param_dtype, 0, state_dtype, 0,
+                          {}});
+      steps_.push_back(pointer<float>(step));
+      streams_.push_back(stream);
+    }
   }
-  const AdamWScalars scalars{float(1 - beta1), float(1 - beta2), float(eps),
-                             float(lr * weight_decay)};
-  adamw_step(tensors, scalars, threads);
+
+  void set_grads(const std::vector<uintptr_t>& addresses, const std::vector<int>& dtypes) {
+    check(addresses.size());
+    check(dtypes.size());
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      tensors_[i].grad = pointer(addresses[i]);
+      tensors_[i].grad_dtype = dtypes[i];
+    }
+  }
+
+  // Raises the step counts by one and returns them.
+  std::vector<float> count() {
+    std::vector<float> counts;
+    for (float* step : steps_) counts.push_back(*step += 1);
+    return counts;
+  }
+
+  // coefficients: a set of eight for each distinct step, with its seed; which: the set of each
+  // tensor. Returns the sums of squares of the weights and updates (Lamb's norms only).
+  std::vector<std::pair<double, double>> run(
+      int rule, const std::vector<std::pair<std::array<float, 8>, uint32_t>>& coefficients,
+      const std::vector<int>& which, float scale, bool zero_grad, bool stochastic, int threads) {
+    check(which.size());
+    if (rule < 0 || rule >= kRules) throw py::value_error("StepPlan: no such rule");
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      const auto& [values, seed] = coefficients.at(size_t(which[i]));
+      std::copy(values.begin(), values.end(), tensors_[i].c);
+      tensors_[i].key = (seed ^ (streams_[i] * 0x9e3779b9u)) * 0x85ebca6bu;
+    }
+    std::vector<StepSums> sums;
+    {
+      py::gil_scoped_release no_gil;
+      optimizer_step(Rule(rule), tensors_, {scale, zero_grad, stochastic}, sums, threads);
+    }
+    std::vector<std::pair<double, double>> pairs;
+    for (const auto& sum : sums) pairs.emplace_back(sum.weight, sum.update);
+    return pairs;
+  }
+
+ private:
+  void check(size_t count) const {
+    if (count != tensors_.size()) throw py::value_error("StepPlan: not as many as tensors");
+  }
+  std::vector<StepTensor> tensors_;
+  std::vector<float*> steps_;
+  std::vector<uint32_t> streams_;
+};
+
+std::pair<double, int64_t> squared_norm_binding(const std::vector<uintptr_t>& addresses,
+                                                const std::vector<int64_t>& numels,
+                                                const std::vector<int>& dtypes, int threads) {
+  std::vector<NormTensor> tensors;
+  for (size_t i = 0; i < addresses.size(); ++i)
+    tensors.push_back({pointer(addresses[i]), numels.at(i), dtypes.at(i)});
+  py::gil_scoped_release no_gil;
+  return squared_norm(tensors, threads);
 }
 
 // Address, and strides of batch, row and head.
@@ -178,5 +235,11 @@ PYBIND11_MODULE(_native, m) {
   m.def("rms_norm_block_rows", rms_norm_block_rows, "Rows in a block of dweight's partial sums.");
   m.def("attention_forward", attention_forward_binding, no_gil);
   m.def("attention_backward", attention_backward_binding, no_gil);
-  m.def("adamw_step", adamw_step_binding, no_gil);
+
+  py::class_<StepPlan>(m, "StepPlan", "Tensors that an optimizer steps together.")
+      .def(py::init<const std::vector<StepRow>&>())
+      .def("set_grads", &StepPlan::set_grads)
+      .def("count", &StepPlan::count)
+      .def("run", &StepPlan::run);
+  m.def("squared_norm", squared_norm_binding);
 }

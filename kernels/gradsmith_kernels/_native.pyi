@@ -83,13 +83,27 @@ def attention_backward(
     threads: int,
     /,
 ) -> None: ...
-def adamw_step(
-    tensors: Sequence[tuple[int, int, int, int, int, int, int, int]],
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    threads: int,
-    /,
-) -> None: ...
+
+class StepPlan:
+    def __init__(
+        self,
+        rows: Sequence[tuple[int, int, int, int, int, int, int, int, int, int, int, int]],
+        /,
+    ) -> None: ...
+    def set_grads(self, addresses: Sequence[int], dtypes: Sequence[int], /) -> None: ...
+    def count(self) -> list[float]: ...
+    def run(
+        self,
+        rule: int,
+        coefficients: Sequence[tuple[Sequence[float], int]],
+        which: Sequence[int],
+        scale: float,
+        zero_grad: bool,
+        stochastic: bool,
+        threads: int,
+        /,
+    ) -> list[tuple[float, float]]: ...
+
+def squared_norm(
+    addresses: Sequence[int], numels: Sequence[int], dtypes: Sequence[int], threads: int, /
+) -> tuple[float, int]: ...

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# The codes of csrc/common/dtype.h.
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# The codes of csrc/common/dtype.h; uint8 is a state of csrc/optimizer_step.
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 
 
 def as_rows(x: Tensor) -> tuple[Tensor, int]:

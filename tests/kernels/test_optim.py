@@ -3,8 +3,9 @@ import copy
 import pytest
 import torch
 
-from gradsmith_kernels.adamw import adamw_
+from gradsmith_kernels import optim
 from gradsmith_kernels.optim import AdamW
+from gradsmith_kernels.optimizer_step import optimizer_step_
 
 
 def model_and_twin(dtype=torch.float32):
@@ -47,7 +48,8 @@ def test_groups_and_options_are_torchs():
 def test_defaults_are_torchs():
     ours, theirs = model_and_twin()
     mine, torchs = AdamW(ours.parameters()), torch.optim.AdamW(theirs.parameters())
-    assert all(torchs.defaults[name] == value for name, value in mine.defaults.items())
+    own = {"decoupled", "l1"}
+    assert all(torchs.defaults[n] == value for n, value in mine.defaults.items() if n not in own)
     train(ours, mine, 5)
     train(theirs, torchs, 5)
     assert_same_parameters(ours, theirs)
@@ -168,13 +170,32 @@ def test_schedulers_and_zero_weight():
         ({"betas": (0.9, 1.0)}, r"betas is \(0.9, 1.0\)"),
         ({"eps": -1e-8}, "eps is -1e-08"),
         ({"weight_decay": -0.1}, "weight_decay is -0.1"),
+        ({"l1": -0.1}, "l1 is -0.1"),
     ],
 )
-def test_bad_options(options, message):
+def test_bad_options_of_a_group(options, message):
     with pytest.raises(ValueError, match=message):
         AdamW([torch.ones(1, requires_grad=True)], **options)
     with pytest.raises(ValueError, match=message):
         AdamW([{"params": [torch.ones(1, requires_grad=True)], **options}])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_grad_norm": 0.0}, "max_grad_norm is 0.0; it must be > 0 or None"),
+        ({"weights": "fp32"}, "weights is 'fp32'; allowed are rounded, master, kahan"),
+        ({"state_dtype": torch.float16}, "it must be torch.float32 or torch.bfloat16"),
+    ],
+)
+def test_bad_options_of_an_optimizer(options, message):
+    with pytest.raises(ValueError, match=message):
+        AdamW([torch.ones(1, requires_grad=True)], **options)
+
+
+def test_nesterov_without_momentum_is_refused():
+    with pytest.raises(ValueError, match="nesterov needs momentum > 0"):
+        optim.SGD([torch.ones(1, requires_grad=True)], nesterov=True)
 
 
 def test_bad_gradients_and_parameters():
@@ -184,30 +205,37 @@ def test_bad_gradients_and_parameters():
         TypeError, match=r"gradient of shape .* is torch\.sparse_coo; it must be dense"
     ):
         AdamW(embedding.parameters()).step()
-    for dtype, message in (
-        (torch.complex64, "parameter of shape .* is complex"),
-        (torch.float16, "float16 .* both must be torch.float32 or torch.bfloat16"),
-    ):
-        p = torch.ones(2, dtype=dtype, requires_grad=True)
-        p.grad = torch.ones(2, dtype=dtype)
-        with pytest.raises(TypeError, match=message):
-            AdamW([p]).step()
+    p = torch.ones(2, dtype=torch.complex64, requires_grad=True)
+    p.grad = torch.ones(2, dtype=torch.complex64)
+    with pytest.raises(TypeError, match=r"parameter of shape .* is complex"):
+        AdamW([p]).step()
 
 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"grads": []}, ValueError, r"same length; they have \[1, 0, 1, 1, 1\]"),
+        ({"grads": []}, ValueError, r"got \{'grads': 0"),
         ({"grads": [torch.ones(2)]}, ValueError, "the shapes must be equal"),
-        ({"exp_avgs": [torch.ones(3).bfloat16()]}, TypeError, "moments of params"),
+        ({"grads": [torch.ones(3).int()]}, TypeError, "its gradient torch.int32"),
+        ({"exp_avg": [torch.ones(3).half()]}, TypeError, "its states are"),
         ({"grads": [torch.ones(3, device="meta")]}, ValueError, "all must be on cpu"),
         ({"steps": [torch.ones(2)]}, TypeError, "steps.0. must be one float32 element"),
+        ({"masters": [torch.ones(3)]}, TypeError, "beside 16-bit params"),
+        ({"exp_avg": [torch.ones(3).byte()], "exp_avg_sq": [torch.ones(3).byte()]}, ValueError,
+         "absmax1 has 0 tensors"),
+        ({"options": {"lr": 0.1}}, ValueError, "adam takes"),
+        ({"rule": "adamw"}, ValueError, "'adamw' is not one of adam, lion"),
     ],
-)
+)  # fmt: skip
 def test_the_op_checks_what_it_is_given(change, error, message):
-    arguments = {
-        name: [torch.ones(3)] for name in ("params", "grads", "exp_avgs", "exp_avg_sqs")
-    } | {"steps": [torch.zeros(())]}
-    scalars = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.0}
+    options = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
+    options |= {"weight_decay": 0.0, "decoupled": 1.0, "l1": 0.0}
+    arguments = {name: [torch.ones(3)] for name in ("params", "grads", "exp_avg", "exp_avg_sq")} | {
+        "rule": "adam",
+        "steps": [torch.zeros(())],
+        "options": options,
+    }
+    arguments |= change
+    ordered = [arguments.pop(n) for n in ("rule", "params", "grads", "exp_avg", "exp_avg_sq")]
     with pytest.raises(error, match=message):
-        adamw_(**(arguments | change), **scalars)
+        optimizer_step_(*ordered, **arguments)

@@ -25,7 +25,7 @@ def test_json_holds_the_machine_the_versions_and_the_table(
     assert found["versions"]["torch"] == torch.__version__
     assert len(found["gpus"]) == torch.cuda.device_count()
     assert found["kernels"]["ops"] == backends.availability()
-    assert {"adamw", "rms_norm"} <= set(found["kernels"]["ops"])
+    assert {"optimizer_step", "rms_norm"} <= set(found["kernels"]["ops"])
     assert set(found["kernels"]["ops"]["rms_norm"]) == set(backends.BACKENDS)
 
 

@@ -156,12 +156,60 @@ class Model(Node):
 # ----------------------------------------------------------------------------------- training
 
 
+# What each optimizer takes besides lr, weight_decay and l1, and the values that it starts from.
+_ADAM: dict[str, Any] = {"betas": [0.9, 0.95], "eps": 1e-8}
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "adamw": {"lr": 3e-4, "weight_decay": 0.1, **_ADAM, "states": "fp32"},
+    "adam": {"lr": 3e-4, "weight_decay": 0.0, **_ADAM, "states": "fp32"},
+    "adamw8bit": {"lr": 3e-4, "weight_decay": 0.1, **_ADAM, "rounding": "stochastic"},
+    "lion": {"lr": 1e-4, "weight_decay": 0.3, "betas": [0.9, 0.99], "states": "fp32"},
+    "sgd": {"lr": 0.1, "weight_decay": 0.0, "momentum": 0.9, "nesterov": False, "states": "fp32"},
+    "adagrad": {"lr": 1e-2, "weight_decay": 0.0, "eps": 1e-10, "states": "fp32"},
+    "lamb": {"lr": 2e-3, "weight_decay": 0.1, "betas": [0.9, 0.95], "eps": 1e-6},
+}
+
+
 class Optimizer(Node):
-    name: Literal["adamw"] = "adamw"
-    lr: PositiveFloat = 3e-4
-    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = [0.9, 0.95]
-    eps: PositiveFloat = 1e-8
+    """One of gradsmith_kernels.optim. Values that are left out are the optimizer's own."""
+
+    name: Literal["adamw", "adam", "adamw8bit", "lion", "sgd", "adagrad", "lamb"] = "adamw"
+    lr: PositiveFloat = Field(3e-4, validate_default=True)
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
+    l1: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        0.0, description="proximal L1 penalty, multiplied by lr"
+    )
+    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] | None = None
+    eps: PositiveFloat | None = None
+    momentum: Fraction | None = None
+    nesterov: bool | None = None
+    states: Literal["fp32", "bf16"] | None = Field(
+        None, description="what the states are kept in; bf16 is rounded randomly"
+    )
+    rounding: Literal["stochastic", "nearest"] | None = Field(
+        None, description="of adamw8bit's states"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, values: Any) -> Any:
+        own = OPTIMIZERS.get(values.get("name", "adamw")) if isinstance(values, dict) else None
+        if own is None:
+            return values  # the fields' own checks say what is wrong
+        return own | {key: value for key, value in values.items() if value is not None}
+
+    @model_validator(mode="after")
+    def _fitting(self) -> Optimizer:
+        own = OPTIMIZERS[self.name]
+        common = ("name", "lr", "weight_decay", "l1")
+        for key in type(self).model_fields:
+            if key not in own and key not in common and getattr(self, key) is not None:
+                allowed = ", ".join(dict.fromkeys([*common, *own]))
+                raise ValueError(f"{key} does not go with {self.name}; allowed are {allowed}")
+        if self.name == "lamb" and self.l1:
+            raise ValueError("l1 does not go with lamb, whose steps are scaled by whole tensors")
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum above 0")
+        return self
 
 
 class Schedule(Node):
@@ -225,6 +273,11 @@ class Training(Node):
             raise ValueError(
                 "give exactly one of steps, tokens, epochs and minutes; found "
                 + (", ".join(f"{k}: {v}" for k, v in lengths.items()) or "none")
+            )
+        if self.optimizer.name == "lamb" and self.zero.stage > 0:
+            raise ValueError(
+                "optimizer lamb needs zero.stage 0: its trust ratios are of whole tensors, and "
+                f"stage {self.zero.stage} steps flat stretches of many tensors"
             )
         if self.global_batch % self.micro_batch:
             raise ValueError(

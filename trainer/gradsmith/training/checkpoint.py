@@ -39,6 +39,10 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 FORMAT = 1
+STATE_BLOCK = (
+    256  # elements of an 8-bit state that share a scale; as gradsmith_kernels.optim has it
+)
+EIGHT_BIT = {"absmax1": ("state1", True), "absmax2": ("state2", False)}  # scales: codes, signed
 MASTER = "float32"  # the float32 weights' key beside the optimizer's own: exp_avg, exp_avg_sq
 
 
@@ -62,6 +66,10 @@ class Piece:
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """This stretch of the owner, or of a state of the owner's shape."""
         return tensor.detach().view(-1)[self.offset : self.offset + self.length]
+
+    def blocks(self, scales: torch.Tensor) -> torch.Tensor:
+        """The scales of the blocks of an 8-bit state that this stretch lies in."""
+        return scales[self.offset // STATE_BLOCK : -(-(self.offset + self.length) // STATE_BLOCK)]
 
 
 def pieces(engine: DeepSpeedEngine) -> Iterator[Piece]:
@@ -106,6 +114,12 @@ def _states(engine: DeepSpeedEngine, owner: torch.Tensor) -> dict[str, torch.Ten
     """The owner's tensor states: those with an entry for each of its elements."""
     state = engine.basic_optimizer.state.get(owner, {})
     return {k: v for k, v in state.items() if torch.is_tensor(v) and v.numel() == owner.numel() > 1}
+
+
+def _scales(engine: DeepSpeedEngine, piece: Piece) -> dict[str, torch.Tensor]:
+    """The scales of the blocks that a piece of an 8-bit state lies in."""
+    state = engine.basic_optimizer.state.get(piece.owner, {})
+    return {key: piece.blocks(state[key]) for key in EIGHT_BIT if key in state}
 
 
 # ------------------------------------------------------------------------------------ writing
@@ -234,9 +248,15 @@ def _write_optimizer(engine: DeepSpeedEngine, folder: Path, rank: int, world: in
     tensors, index = {}, {}
     for piece in pieces(engine):
         sources = {MASTER: piece.owner, **_states(engine, piece.owner)}
-        index[piece.name] = {"start": piece.start, "length": piece.length}
+        index[piece.name] = {
+            "start": piece.start,
+            "length": piece.length,
+            "phase": piece.offset % STATE_BLOCK,
+        }
         for key, source in sources.items():
             tensors[f"{piece.name}:{key}"] = piece.of(source).cpu().clone()
+        for key, scales in _scales(engine, piece).items():
+            tensors[f"{piece.name}:{key}"] = scales.cpu().clone()
     path = folder / f"optimizer-{rank:05}-of-{world:05}.safetensors"
     save_file(tensors, path)
     _fsync(path)
@@ -336,41 +356,112 @@ def load_optimizer(engine: DeepSpeedEngine, checkpoint: Path) -> dict[str, Any]:
     """
     from safetensors import safe_open
 
-    saved: dict[str, list[tuple[int, int, Any]]] = {}
+    saved: dict[str, list[Saved]] = {}
     for index in sorted(checkpoint.glob("optimizer-*.json")):
         file = safe_open(index.with_suffix(".safetensors"), framework="pt")
-        for name, piece in read_json(index)["pieces"].items():
-            saved.setdefault(name, []).append((piece["start"], piece["length"], file))
+        keys = set(file.keys())
+        for name, entry in read_json(index)["pieces"].items():
+            own = {key for key in keys if key.rpartition(":")[0] == name}
+            phase = entry.get("phase", 0)
+            saved.setdefault(name, []).append(
+                Saved(name, entry["start"], entry["length"], phase, file, own)
+            )
     state_json: dict[str, Any] = read_json(checkpoint / "state.json")
-    scalars = state_json["optimizer"]
-    files = [entries[0][2] for entries in saved.values()]
-    stored = files[0].keys() if files else []
-    keys = {name.rpartition(":")[2] for name in stored} - {MASTER}
-
-    for piece in pieces(engine):
-        state = engine.basic_optimizer.state[piece.owner]
-        for key in keys:
-            if key not in state:
-                state[key] = torch.zeros_like(piece.owner, requires_grad=False)
-        for key, value in scalars.items():
-            state.setdefault(key, torch.tensor(value))
-        targets = {MASTER: piece.owner, **{key: state[key] for key in keys}}
+    optimizer = engine.basic_optimizer
+    mine = list(pieces(engine))
+    for piece in mine:
+        state = optimizer.state[piece.owner]
+        if not state:
+            state.update(optimizer.new_state(piece.owner))
+        for key, value in state_json["optimizer"].items():
+            if key in state:
+                state[key].fill_(value)
+    # 8-bit states are put back as they were where every piece lies in its blocks as it did; else
+    # their values are spread over the new blocks.
+    as_they_were = all(
+        any(entry.is_as(piece, optimizer.state[piece.owner]) for entry in saved.get(piece.name, []))
+        for piece in mine
+    )
+    spread: dict[int, tuple[torch.Tensor, dict[str, torch.Tensor]]] = {}
+    for piece in mine:
+        state = optimizer.state[piece.owner]
+        codes = {code: scale for scale, (code, _) in EIGHT_BIT.items() if scale in state}
+        targets = {MASTER: piece.owner, **_states(engine, piece.owner)}
+        if codes and not as_they_were:
+            _, values = spread.setdefault(
+                id(piece.owner),
+                (piece.owner, {c: torch.zeros(piece.owner.numel()) for c in codes}),
+            )
+            targets |= values
         filled = 0
-        for start, length, file in saved.get(piece.name, []):
-            low = max(start, piece.start)
-            high = min(start + length, piece.start + piece.length)
+        for entry in saved.get(piece.name, []):
+            low = max(entry.start, piece.start)
+            high = min(entry.start + entry.length, piece.start + piece.length)
             if low >= high:
                 continue
             for key, target in targets.items():
-                source = file.get_slice(f"{piece.name}:{key}")[low - start : high - start]
+                exact = key in codes and as_they_were
+                source = entry.read(key, low, high, decoded=not exact)
                 piece.of(target)[low - piece.start : high - piece.start].copy_(source)
+                if exact:
+                    scales = entry.file.get_tensor(f"{entry.name}:{codes[key]}")
+                    piece.blocks(state[codes[key]]).copy_(scales)
             filled += high - low
         if filled != piece.length:
             raise RunError(
                 f"{checkpoint}: holds {filled} of {piece.length} states of {piece.name}; "
                 "the model is not the one that was saved"
             )
+    for owner, values in spread.values():
+        _encode(optimizer.state[owner], values)
     return state_json
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A stretch of a parameter's weights and states in a checkpoint's file."""
+
+    name: str
+    start: int
+    length: int
+    phase: int  # where in its first block of an 8-bit state it begins
+    file: Any
+    keys: set[str]
+
+    def is_as(self, piece: Piece, state: dict[str, torch.Tensor]) -> bool:
+        """Whether it is this piece, with the same elements in the same blocks."""
+        scales = {f"{self.name}:{scale}" for scale in EIGHT_BIT if scale in state}
+        place = (piece.start, piece.length, piece.offset % STATE_BLOCK)
+        return place == (self.start, self.length, self.phase) and scales <= self.keys
+
+    def read(self, key: str, low: int, high: int, *, decoded: bool) -> torch.Tensor:
+        """Elements [low, high) of the parameter; 8-bit ones as values if `decoded`."""
+        source: torch.Tensor = self.file.get_slice(f"{self.name}:{key}")[
+            low - self.start : high - self.start
+        ]
+        scale = next((scale for scale, (code, _) in EIGHT_BIT.items() if code == key), None)
+        if not decoded or f"{self.name}:{scale}" not in self.keys:
+            return source
+        from gradsmith_kernels.optim import decode
+
+        assert scale is not None
+        # From the begin of the first block, so that scales and elements are in step.
+        lead = (self.phase + low - self.start) % STATE_BLOCK
+        first = (self.phase + low - self.start) // STATE_BLOCK
+        codes = torch.nn.functional.pad(source, (lead, 0))
+        blocks = -(-len(codes) // STATE_BLOCK)
+        scales = self.file.get_tensor(f"{self.name}:{scale}")[first : first + blocks]
+        return decode(codes, scales, EIGHT_BIT[scale][1])[lead:]
+
+
+def _encode(state: dict[str, torch.Tensor], values: dict[str, torch.Tensor]) -> None:
+    """Rounds an owner's values to the nearest 8-bit states."""
+    from gradsmith_kernels.optim import encode
+
+    for scale, (code, signed) in EIGHT_BIT.items():
+        codes, absmax = encode(values[code], signed)
+        state[code].copy_(codes.view_as(state[code]))
+        state[scale].copy_(absmax)
 
 
 # ---------------------------------------------------------------------------------------- files

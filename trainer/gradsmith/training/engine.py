@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -103,15 +104,13 @@ def deepspeed_config(recipe: Recipe, world: int) -> dict[str, Any]:
 
 
 def clips_itself(recipe: Recipe) -> bool:
-    """Whether the loop clips: DeepSpeed tells no gradient norm at stage 0 in float32."""
+    """Whether the optimizer clips: DeepSpeed tells no gradient norm at stage 0 in float32."""
     return recipe.training.zero.stage == 0 and recipe.training.precision == "fp32"
 
 
 def build_engine(recipe: Recipe, model: torch.nn.Module) -> DeepSpeedEngine:
-    """The DeepSpeed engine around `model`, with our AdamW under it."""
+    """The DeepSpeed engine around `model`, with the recipe's optimizer under it."""
     import deepspeed
-
-    from gradsmith_kernels.optim import AdamW
 
     settings = recipe.training.optimizer
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -120,12 +119,7 @@ def build_engine(recipe: Recipe, model: torch.nn.Module) -> DeepSpeedEngine:
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizer = AdamW(
-        [group for group in groups if group["params"]],
-        lr=0.0,  # the loop sets the rate of every step; see below for why none before
-        betas=(settings.betas[0], settings.betas[1]),
-        eps=settings.eps,
-    )
+    optimizer = build_optimizer(recipe, [group for group in groups if group["params"]])
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     gc.freeze()  # DeepSpeed collects garbage again and again; what is there already is none
     engine, *_ = deepspeed.initialize(
@@ -143,6 +137,37 @@ def build_engine(recipe: Recipe, model: torch.nn.Module) -> DeepSpeedEngine:
     # ahead ever after: the losses differ from those of stages 1 to 3. Undo it.
     optimizer.state.clear()
     return engine
+
+
+def build_optimizer(recipe: Recipe, groups: list[dict[str, Any]]) -> Any:
+    """The recipe's optimizer from gradsmith_kernels.optim."""
+    from gradsmith_kernels import optim
+
+    settings, training = recipe.training.optimizer, recipe.training
+    cls = {
+        "adamw": optim.AdamW,
+        "adam": optim.Adam,
+        "adamw8bit": optim.AdamW8bit,
+        "lion": optim.Lion,
+        "sgd": optim.SGD,
+        "adagrad": optim.Adagrad,
+        "lamb": optim.LAMB,
+    }[settings.name]
+    names = ("betas", "eps", "momentum", "nesterov")
+    options = {name: value for name in names if (value := getattr(settings, name)) is not None}
+    if settings.name != "lamb":
+        options["l1"] = settings.l1
+    if settings.states == "bf16":
+        options["state_dtype"] = torch.bfloat16
+    if clips_itself(recipe):
+        options["max_grad_norm"] = training.clip or math.inf
+    return cls(
+        groups,
+        lr=0.0,  # the loop sets the rate of every step; see build_engine for why none before
+        seed=recipe.seed,
+        stochastic_rounding=settings.rounding != "nearest",
+        **options,
+    )
 
 
 def optimizer_device(recipe: Recipe) -> str:

@@ -170,22 +170,15 @@ def optimizer_step(session: Session, asked_to_stop: bool = False) -> tuple[float
     batches = loader.micro_batches(
         session.step, rank=rank, world=world, micro_batch=recipe.training.micro_batch
     )
-    norm: float | None = None
-    for number, batch in enumerate(batches):
+    for batch in batches:
         nll = nll_sum(engine, batch)
         total[0] += nll.detach().double().cpu()
         # DeepSpeed averages over the ranks; times the number of ranks that is the sum.
         engine.backward(nll * (world / max(1, targets)), scale_wrt_gas=False)
-        if number == len(batches) - 1 and engines.clips_itself(recipe):
-            parameters = [p for p in engine.module.parameters() if p.requires_grad]
-            clip = recipe.training.clip or math.inf
-            norm = float(torch.nn.utils.clip_grad_norm_(parameters, clip))
-            if not math.isfinite(norm):  # skip the step, as DeepSpeed does at the other stages
-                engine.module.zero_grad(set_to_none=True)
         engine.step()
     dist.all_reduce(total := total.to(engines.device()))
-    if norm is None:
-        norm = float(engine.get_global_grad_norm())
+    own = engines.clips_itself(recipe)
+    norm = float(engine.basic_optimizer.grad_norm if own else engine.get_global_grad_norm())
     return float(total[0]) / max(1, targets), norm, bool(total[1])
 
 
@@ -305,7 +298,8 @@ def _kernels(recipe: Recipe, model: torch.nn.Module) -> dict[str, Any]:
     from gradsmith_kernels import accelerate
     from gradsmith_kernels.backends import chosen
 
-    backends = {"adamw": chosen("adamw", engines.optimizer_device(recipe))}
+    where = engines.optimizer_device(recipe)
+    backends = {"optimizer_step": chosen("optimizer_step", where)}
     if not recipe.model.kernels:
         return {"backends": backends}
     report = accelerate(model)

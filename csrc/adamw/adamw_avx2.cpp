@@ -1,3 +1,0 @@
-#include "adamw/adamw_kernels.h"
-
-const AdamWKernels adamw_avx2 = {step};

@@ -1,0 +1,3 @@
+#include "optimizer_step/optimizer_step_kernels.h"
+
+const StepKernels step_portable = kStepKernels;

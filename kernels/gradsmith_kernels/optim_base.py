@@ -1,0 +1,392 @@
+"""What all optimizers of `gradsmith_kernels.optim` share: groups, norms, skipped steps, states."""
+
+from __future__ import annotations
+
+import math
+import operator
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, ClassVar, overload
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from gradsmith_kernels.optimizer_step.op import OP
+from gradsmith_kernels.optimizer_step.rules import RULES
+from gradsmith_kernels.optimizer_step.tensors import STATE_BLOCK, Tensors, check
+
+WEIGHTS = ("rounded", "master", "kahan")
+_SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+_address = Tensor.data_ptr
+
+
+@dataclass
+class _Batch:
+    """Parameters of one group on one device that are stepped in one sweep."""
+
+    group: int
+    indices: list[int]  # among all parameters of the optimizer
+    tensors: Tensors
+    plan: Any
+    module: Any
+    grads: list[Tensor]  # as they were last checked
+    rule: str
+
+
+@dataclass
+class _Cache:
+    """The batches, and what they were made of: anything that has changed makes them anew."""
+
+    batches: list[_Batch]
+    params: list[Tensor]
+    present: list[bool]
+    states: list[dict[str, Any]]
+    values: list[Any]
+    tensors: list[Tensor]
+    addresses: list[int]
+
+
+class FusedOptimizer(torch.optim.Optimizer):
+    """A torch.optim.Optimizer whose step is one sweep over all tensors.
+
+    Keyword arguments of every subclass:
+        max_grad_norm: scale the gradients so that the norm of all of them together is at most
+            this. A step whose norm is not finite is skipped: nothing changes, and a warning names
+            the first parameter whose gradient is to blame. math.inf measures and checks only; None
+            (the default) does neither, as in torch. The norm is in `grad_norm` afterwards.
+        process_group: ranks whose gradients belong together (each holds a part of them): the norm
+            is that of all parts, and a step is skipped by all or none.
+        zero_grads: set the gradients to zero in the sweep, after they were used (or skipped).
+        weights: what stands behind a bfloat16 or float16 parameter: "rounded", nothing; "master",
+            a float32 copy; "kahan", a bfloat16 remainder that is added before the next rounding.
+        state_dtype: torch.float32 or torch.bfloat16, whatever the parameters' dtype.
+        stochastic_rounding: round bfloat16 states randomly (nearest would lose small changes).
+        seed: of that rounding, which depends on nothing else but the step and the element.
+        backend: reference, cpu or triton; None chooses by the parameters' device.
+    """
+
+    state_names: ClassVar[tuple[str, ...]] = ()  # of the rule with the most
+    _step_supports_amp_scaling = True  # GradScaler then sets grad_scale and found_inf
+
+    def __init__(
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        *,
+        max_grad_norm: float | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        zero_grads: bool = False,
+        weights: str = "rounded",
+        state_dtype: torch.dtype = torch.float32,
+        stochastic_rounding: bool = True,
+        seed: int = 0,
+        backend: str | None = None,
+    ) -> None:
+        name = type(self).__name__
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"{name}: max_grad_norm is {max_grad_norm}; it must be > 0 or None")
+        if weights not in WEIGHTS:
+            raise ValueError(f"{name}: weights is {weights!r}; allowed are {', '.join(WEIGHTS)}")
+        if state_dtype not in self._state_dtypes():
+            allowed = " or ".join(str(dtype) for dtype in self._state_dtypes())
+            raise ValueError(f"{name}: state_dtype is {state_dtype}; it must be {allowed}")
+        self.max_grad_norm, self.process_group = max_grad_norm, process_group
+        self.zero_grads, self.weights, self.state_dtype = zero_grads, weights, state_dtype
+        self.stochastic_rounding, self.seed, self._backend = stochastic_rounding, seed, backend
+        self.grad_norm: float | None = None
+        self._cache: _Cache | None = None
+        super().__init__(params, defaults)
+
+    # ---------------------------------------------------------------- what a subclass says
+
+    def _rule(self, group: Mapping[str, Any]) -> str:
+        """The rule of a group: a name in RULES."""
+        raise NotImplementedError
+
+    def _options(self, group: Mapping[str, Any]) -> dict[str, float]:
+        """The rule's options for this step."""
+        raise NotImplementedError
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        """Raises ValueError for an option outside its range."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _state_dtypes() -> tuple[torch.dtype, ...]:
+        return (torch.float32, torch.bfloat16)
+
+    def _state_dtype(self, p: Tensor) -> torch.dtype:
+        return torch.float64 if p.dtype == torch.float64 else self.state_dtype
+
+    # ------------------------------------------------------------------------------- step
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step. Parameters without a gradient are left as they are.
+
+        Args:
+            closure: reevaluates the model and returns the loss, which is then returned.
+
+        Raises:
+            TypeError: a parameter or gradient is sparse, complex or of another dtype.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        batches = self._batches()
+        scale = self._scale(batches)
+        if scale is None:
+            if self.zero_grads:
+                self.zero_grad(set_to_none=False)
+            return loss
+        rounding = self.seed if self.stochastic_rounding else None
+        for batch in batches:
+            group = self.param_groups[batch.group]
+            batch.plan.step(batch.grads, self._options(group), scale, self.zero_grads, rounding)
+        self._after_step()
+        return loss
+
+    def _after_step(self) -> None:
+        """What is left to do after a step that was not skipped."""
+
+    def _scale(self, batches: Sequence[_Batch]) -> float | None:
+        """What the gradients are multiplied with; None if the step is to be skipped."""
+        scale = 1.0
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if grad_scale is not None:
+            scale = 1 / float(grad_scale)
+        if found_inf is not None and float(found_inf):
+            return None
+        if self.max_grad_norm is None:
+            return scale
+        squares, bad = 0.0, None
+        for batch in batches:
+            part, index = batch.module.squared_norm(batch.grads)
+            squares += part
+            if bad is None and index >= 0:
+                bad = batch.indices[index]
+        if self.process_group is not None:
+            total = torch.tensor(squares, dtype=torch.float64, device=self._norm_device())
+            dist.all_reduce(total, group=self.process_group)
+            squares = float(total)
+        self.grad_norm = norm = math.sqrt(squares) * scale if squares >= 0 else math.nan
+        if not math.isfinite(norm):
+            whose = "on another rank" if bad is None else f"of {self._name(bad)}"
+            warnings.warn(
+                f"{type(self).__name__}: step skipped: the gradient {whose} is not finite",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+            return None
+        return scale * min(1.0, self.max_grad_norm / (norm + 1e-6))
+
+    def _norm_device(self) -> torch.device:
+        return self.param_groups[0]["params"][0].device  # type: ignore[no-any-return]
+
+    def _name(self, index: int) -> str:
+        for number, group in enumerate(self.param_groups):
+            if index < len(group["params"]):
+                names = group.get("param_names")
+                p = group["params"][index]
+                named = names[index] if names else f"params[{index}] of group {number}"
+                return f"{named}, shape {tuple(p.shape)},"
+            index -= len(group["params"])
+        raise IndexError(index)
+
+    # ---------------------------------------------------------------------------- batches
+
+    def _batches(self) -> list[_Batch]:
+        params = [p for group in self.param_groups for p in group["params"]]
+        grads = [p.grad for p in params]
+        cache = self._cache
+        if cache is None or not self._unchanged(cache, params, grads):
+            cache = self._cache = self._build(params, grads)
+        for batch in cache.batches:
+            now = [grads[i] for i in batch.indices]
+            if not all(map(operator.is_, now, batch.grads)):
+                check(RULES[batch.rule], batch.tensors, now)
+                batch.grads = now
+        return cache.batches
+
+    def _unchanged(
+        self, cache: _Cache, params: Sequence[Tensor], grads: Sequence[Tensor | None]
+    ) -> bool:
+        states = list(self.state.values())
+        values = list(chain.from_iterable(state.values() for state in states))
+        return (
+            _same(params, cache.params)
+            and [g is not None for g in grads] == cache.present
+            and _same(states, cache.states)
+            and _same(values, cache.values)
+            and list(map(_address, cache.tensors)) == cache.addresses
+        )
+
+    def _build(self, params: list[Tensor], grads: list[Tensor | None]) -> _Cache:
+        collected: dict[Any, list[int]] = {}
+        index = 0
+        for number, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._check_parameter(p)
+                    state = self.state[p]
+                    if not state:
+                        self._init_state(p, state, group)
+                    layout = ("master" in state, "compensation" in state, "absmax1" in state)
+                    key = (number, p.device, p.dtype == torch.float64, *layout)
+                    collected.setdefault(key, []).append(index)
+                index += 1
+        batches = [
+            self._batch(key[0], indices, params, grads) for key, indices in collected.items()
+        ]
+        states = list(self.state.values())
+        values = list(chain.from_iterable(state.values() for state in states))
+        tensors = [*params, *(value for value in values if isinstance(value, Tensor))]
+        return _Cache(
+            batches,
+            params,
+            [g is not None for g in grads],
+            states,
+            values,
+            tensors,
+            list(map(_address, tensors)),
+        )
+
+    def _batch(
+        self, number: int, indices: list[int], params: list[Tensor], grads: list[Tensor | None]
+    ) -> _Batch:
+        chosen = [params[i] for i in indices]
+        states = [self.state[p] for p in chosen]
+
+        def column(name: str) -> list[Tensor]:
+            return [state[name] for state in states] if name in states[0] else []
+
+        rule = self._rule(self.param_groups[number])
+        names = (*self.state_names[: RULES[rule].states], "", "")  # of no column
+        tensors = Tensors(
+            chosen,
+            column(names[0]),
+            column(names[1]),
+            column("absmax1"),
+            column("absmax2"),
+            column("master"),
+            column("compensation"),
+            column("step"),
+            indices,
+        )
+        module = OP.choose(self._backend, chosen[0].device, chosen[0].dtype)
+        found = [g for i in indices if (g := grads[i]) is not None]
+        check(RULES[rule], tensors, found)
+        plan = module.Plan(RULES[rule], tensors)
+        return _Batch(number, indices, tensors, plan, module, found, rule)
+
+    def _check_parameter(self, p: Tensor) -> None:
+        assert p.grad is not None
+        for name, tensor in (("parameter", p), ("gradient", p.grad)):
+            if tensor.layout != torch.strided or tensor.is_complex():
+                kind = "complex" if tensor.is_complex() else str(tensor.layout)
+                raise TypeError(
+                    f"{type(self).__name__}: a {name} of shape {tuple(p.shape)} is {kind}; it must "
+                    "be dense and real"
+                )
+
+    # ----------------------------------------------------------------------------- states
+
+    def _init_state(self, p: Tensor, state: dict[str, Any], group: Mapping[str, Any]) -> None:
+        state["step"] = torch.zeros((), dtype=torch.float32)
+        for i, name in enumerate(self.state_names[: RULES[self._rule(group)].states]):
+            dtype = self._state_dtype(p)
+            start = 127 if dtype == torch.uint8 and i == 0 else 0  # the code of 0
+            state[name] = torch.full(p.shape, start, dtype=dtype, device=p.device)
+            if dtype == torch.uint8:
+                blocks = -(-p.numel() // STATE_BLOCK)
+                state[f"absmax{i + 1}"] = torch.zeros(blocks, device=p.device)
+        if p.dtype in _SIXTEEN_BIT:
+            if self.weights == "master":
+                state["master"] = p.detach().to(torch.float32, copy=True)
+            elif self.weights == "kahan":
+                state["compensation"] = torch.zeros(p.shape, dtype=torch.bfloat16, device=p.device)
+
+    def new_state(self, p: Tensor) -> dict[str, Any]:
+        """The state that `p` starts with, for whoever restores one piece by piece."""
+        groups = (g for g in self.param_groups if any(q is p for q in g["params"]))
+        state: dict[str, Any] = {}
+        self._init_state(p, state, next(groups, self.param_groups[0]))
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state dict of this class, or of its counterpart in torch."""
+        super().load_state_dict(state_dict)
+        # torch has cast every state to its parameter's dtype: take them again from the dict.
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [(p, group) for group in self.param_groups for p in group["params"]]
+        for i, (p, group) in zip(saved, params, strict=True):
+            if state_dict["state"].get(i):
+                state: dict[str, Any] = {}
+                self._init_state(p, state, group)
+                self._adopt(p, state, state_dict["state"][i])
+                self.state[p] = state
+        self._cache = None
+
+    def _adopt(self, p: Tensor, state: dict[str, Any], saved: Mapping[str, Any]) -> None:
+        """Fills a fresh state from a saved one."""
+        for name in (*state,):
+            value = saved.get(name)
+            if value is None:  # torch's SGD counts no steps, and no one else has masters
+                if name == "step":
+                    state[name].fill_(1)
+                continue
+            value = torch.as_tensor(value)
+            if value.numel() != state[name].numel():
+                raise ValueError(
+                    f"{type(self).__name__}: the state dict's {name} has {value.numel()} elements "
+                    f"for a parameter of shape {tuple(p.shape)}"
+                )
+            state[name].copy_(value.view_as(state[name]))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        self._check_group(self.param_groups[-1])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._cache = None
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+            self._check_group(group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_cache", "process_group")}
+
+
+def _same(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    return len(one) == len(other) and all(map(operator.is_, one, other))
+
+
+def check_ranges(
+    name: str, group: Mapping[str, Any], at_least_zero: Iterable[str], unsupported: Iterable[str]
+) -> None:
+    """
+    Raises:
+        ValueError: one of the numbers is negative, betas are outside [0, 1), or an option of the
+            counterpart in torch is set that changes the algorithm.
+    """
+    if "betas" in group:
+        beta1, beta2 = group["betas"]
+        if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
+            raise ValueError(f"{name}: betas is {group['betas']}; it must be two numbers in [0, 1)")
+    for option in at_least_zero:
+        if not float(group[option]) >= 0:
+            raise ValueError(f"{name}: {option} is {group[option]}; it must be a number >= 0")
+    for option in unsupported:
+        if group.get(option):
+            raise ValueError(f"{name}: {option}={group[option]} is not supported")

@@ -1,0 +1,93 @@
+"""Optimizer steps on the CPU: csrc/optimizer_step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gradsmith_kernels import _native
+from gradsmith_kernels.native import DTYPE_CODES
+from gradsmith_kernels.optimizer_step.rules import (
+    LAMB_APPLY,
+    Options,
+    Rule,
+    seed_of_step,
+    trust_ratio,
+)
+from gradsmith_kernels.optimizer_step.tensors import Tensors
+
+
+class Plan:
+    """Tensors that are stepped together again and again, with what can be prepared once."""
+
+    def __init__(self, rule: Rule, tensors: Tensors) -> None:
+        self._rule, self._tensors = rule, tensors
+        self._copies = [(t, t.contiguous()) for t in tensors.written() if not t.is_contiguous()]
+        copies = {id(original): copy for original, copy in self._copies}
+
+        def address(tensor: Tensor | None) -> int:
+            return 0 if tensor is None else copies.get(id(tensor), tensor).data_ptr()
+
+        names = ("params", "states1", "states2", "absmax1", "absmax2", "masters", "compensations")
+        columns = [tensors.column(name) for name in (*names, "steps")]
+        self._plan = _native.StepPlan(
+            [
+                (
+                    *map(address, row),
+                    row[0].numel(),
+                    DTYPE_CODES[row[0].dtype],
+                    DTYPE_CODES[row[1].dtype] if rule.states else 0,
+                    stream,
+                )
+                for *row, stream in zip(*columns, tensors.streams, strict=True)
+            ]
+        )
+
+    def step(
+        self,
+        grads: Sequence[Tensor],
+        options: Options,
+        scale: float,
+        zero_grads: bool,
+        seed: int | None,
+    ) -> None:
+        for original, copy in self._copies:
+            copy.copy_(original)
+        used = [g if g.is_contiguous() else g.contiguous() for g in grads]
+        self._plan.set_grads([g.data_ptr() for g in used], [DTYPE_CODES[g.dtype] for g in used])
+        counts = self._plan.count()
+        number = {t: i for i, t in enumerate(dict.fromkeys(counts))}
+        sets = [
+            (self._rule.coefficients(options, t), 0 if seed is None else seed_of_step(seed, t))
+            for t in number
+        ]
+        which = [number[t] for t in counts]
+        lamb, threads = self._rule.name == "lamb", torch.get_num_threads()
+        last = zero_grads and not lamb
+        sums = self._plan.run(self._rule.code, sets, which, scale, last, seed is not None, threads)
+        if lamb:  # the trust ratios are known now
+            scaled = []
+            for i, pair in zip(which, sums, strict=True):
+                coefficients, of_step = sets[i]
+                rate = coefficients[4] * trust_ratio(*pair)
+                scaled.append(([*coefficients[:4], rate, *coefficients[5:]], of_step))
+            which = list(range(len(scaled)))
+            self._plan.run(LAMB_APPLY, scaled, which, scale, zero_grads, False, threads)
+        for original, copy in self._copies:
+            original.copy_(copy)
+        if zero_grads:
+            for g, copy in zip(grads, used, strict=True):
+                if g is not copy:
+                    g.zero_()
+
+
+def squared_norm(grads: Sequence[Tensor]) -> tuple[float, int]:
+    used = [g if g.is_contiguous() else g.contiguous() for g in grads]
+    return _native.squared_norm(
+        [g.data_ptr() for g in used],
+        [g.numel() for g in used],
+        [DTYPE_CODES[g.dtype] for g in used],
+        torch.get_num_threads(),
+    )

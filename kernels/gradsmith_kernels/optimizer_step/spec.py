@@ -1,0 +1,408 @@
+"""Samples of every rule, plain PyTorch's computation of the same, benchmark cases."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradsmith_kernels import optim
+from gradsmith_kernels.optimizer_step import optimizer_step_, quantize
+from gradsmith_kernels.optimizer_step.op import OP
+from gradsmith_kernels.optimizer_step.rules import RULES
+from gradsmith_kernels.spec import (
+    BenchCase,
+    CompileCase,
+    Inputs,
+    OpCheck,
+    Outputs,
+    Sample,
+    Spec,
+    in_float64,
+)
+from gradsmith_kernels.testing import check_parity
+
+SHAPES = [(), (1,), (3, 5), (0, 4), (5003,), (64, 96), (17000,), (2, 3, 40)]
+NUMBERS = {"lr": 1e-2, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
+NUMBERS |= {"decoupled": 1.0, "l1": 0.0, "momentum": 0.9, "dampening": 0.1, "nesterov": 0.0}
+NUMBERS |= {"lr_decay": 0.01, "average": 0.1}
+ABSMAX = ("absmax1", "absmax2")
+
+
+def options(rule: str, **changed: float) -> dict[str, float]:
+    numbers = NUMBERS | changed
+    return {name: numbers[name] for name in RULES[rule].options}
+
+
+def make_inputs(
+    rule: str,
+    changed: dict[str, float],
+    shapes: Sequence[tuple[int, ...]],
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+    steps: int,
+    warm: bool,
+    transposed: bool,
+    device: torch.device,
+) -> Inputs:
+    """Parameters, states, and gradients for each of `steps` steps.
+
+    dtypes: of the parameters, the gradients and the states.
+    warm: the states are those of a run that has 10 steps behind it; else zero.
+    transposed: matrices are transposed views.
+    """
+    generator = torch.Generator().manual_seed(len(shapes) + steps)
+    param, grad, state = dtypes
+
+    def normal(shape: tuple[int, ...]) -> Tensor:
+        if transposed and len(shape) == 2:
+            return torch.randn(shape[::-1], generator=generator).t()
+        return torch.randn(shape, generator=generator)
+
+    def states(number: int) -> list[Tensor]:
+        if number >= RULES[rule].states:
+            return []
+        drawn = [0.1 * normal(shape) * warm for shape in shapes]
+        if rule == "schedule_free" and not number:  # z starts at the weights
+            return [s + p for s, p in zip(drawn, params, strict=True)]
+        # Second moments and sums are not negative.
+        return [s.square() if number or rule == "adagrad" else s for s in drawn]
+
+    params = [normal(shape).to(param) for shape in shapes]
+    inputs: Inputs = {
+        "rule": rule,
+        "options": options(rule, **changed),
+        "params": [p.to(device) for p in params],
+        "behind": 10.0 if warm else 0.0,
+        "storage": param,
+        "state_storage": state,
+    }
+    for number in (0, 1):
+        drawn = states(number)
+        scales = []
+        if state == torch.uint8:
+            encoded = [quantize.encode(s, signed=number == 0) for s in drawn]
+            drawn, scales = [e[0] for e in encoded], [e[1] for e in encoded]
+        inputs[f"states{number + 1}"] = [
+            s.to(state).to(device) if state != torch.uint8 else s.to(device) for s in drawn
+        ]
+        inputs[ABSMAX[number]] = [s.to(device) for s in scales]
+    inputs["grads"] = [
+        [normal(shape).to(grad).to(device) for shape in shapes] for _ in range(steps)
+    ]
+    return inputs
+
+
+def sample(
+    label: str,
+    rule: str,
+    dtype: torch.dtype = torch.float32,
+    grad: torch.dtype | None = None,
+    state: torch.dtype = torch.float32,
+    steps: int = 1,
+    warm: bool = True,
+    transposed: bool = False,
+    **changed: float,
+) -> Sample:
+    shapes = SHAPES if steps == 1 else SHAPES[:5]
+    dtypes = (dtype, grad or dtype, state)
+    make = partial(make_inputs, rule, changed, shapes, dtypes, steps, warm, transposed)
+    # A sample with something in bfloat16 is one of bfloat16: Triton's interpreter cannot take it.
+    widest = torch.bfloat16 if torch.bfloat16 in dtypes else dtype
+    return Sample(f"{rule}, {label}", widest, make)
+
+
+def flat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def torch_step(inputs: Inputs, params: list[Tensor], states: list[list[Tensor]]) -> None:
+    """torch.optim's steps, for the rules that it has."""
+    rule, o = inputs["rule"], inputs["options"]
+    betas = (o.get("beta1"), o.get("beta2"))
+    keys: tuple[str, ...] = ()
+    cls: Any
+    kwargs: dict[str, Any]
+    if rule == "adam":
+        cls = torch.optim.AdamW if o["decoupled"] else torch.optim.Adam
+        kwargs = {"betas": betas, "eps": o["eps"], "weight_decay": o["weight_decay"]}
+        keys = ("exp_avg", "exp_avg_sq")
+    elif rule == "adagrad":
+        cls, keys = torch.optim.Adagrad, ("sum",)
+        kwargs = {name: o[name] for name in ("lr_decay", "eps", "weight_decay")}
+    else:
+        cls, keys = torch.optim.SGD, ("momentum_buffer",) if rule == "momentum" else ()
+        kwargs = {name: o[name] for name in ("momentum", "dampening") if name in o}
+        kwargs |= {"weight_decay": o["weight_decay"], "nesterov": bool(o.get("nesterov"))}
+    leaves = [p.requires_grad_() for p in params]
+    optimizer: Any = cls(leaves, lr=o["lr"], foreach=False, **kwargs)
+    for i, p in enumerate(leaves):
+        state = {key: column[i] for key, column in zip(keys, states, strict=True)}
+        if rule != "momentum" or inputs["behind"]:  # torch's SGD has no buffer before step 1
+            optimizer.state[p] = state | {"step": torch.tensor(inputs["behind"])}
+    for grads in inputs["grads"]:
+        for p, grad in zip(leaves, grads, strict=True):
+            p.grad = grad.to(p.dtype)
+        optimizer.step()
+    for i, p in enumerate(leaves):
+        p.requires_grad_(False)
+        for key, column in zip(keys, states, strict=True):
+            column[i] = optimizer.state[p][key]
+
+
+def published_step(inputs: Inputs, params: list[Tensor], states: list[list[Tensor]]) -> None:
+    """The papers' pseudocode, for the rules that torch does not have."""
+    o = inputs["options"]
+    lr, wd, b1, b2 = o["lr"], o["weight_decay"], o["beta1"], o["beta2"]
+    for i, p in enumerate(params):
+        for t, grads in enumerate(inputs["grads"], int(inputs["behind"]) + 1):
+            g = grads[i].to(p.dtype)
+            if inputs["rule"] == "lion":
+                m = states[0][i]
+                p.mul_(1 - lr * wd).sub_(lr * torch.sign(b1 * m + (1 - b1) * g))
+                m.mul_(b2).add_(g, alpha=1 - b2)
+                continue
+            m, v = states[0][i], states[1][i]
+            v.mul_(b2).addcmul_(g, g, value=1 - b2)
+            denominator = (v / (1 - b2**t)).sqrt() + o["eps"]
+            if inputs["rule"] == "schedule_free":
+                direction = g / denominator + wd * p
+                p.lerp_(m, o["average"])
+                p.sub_(lr * (1 - b1 * (1 - o["average"])) * direction)
+                m.sub_(lr * direction)
+            else:
+                m.mul_(b1).add_(g, alpha=1 - b1)
+                direction = m / (1 - b1**t) / denominator + wd * p
+                weight, size = p.norm(), direction.norm()
+                ratio = weight / size if weight > 0 and size > 0 else 1.0
+                p.sub_(lr * ratio * direction)
+
+
+class OptimizerStepSpec(Spec):
+    op = OP
+
+    def samples(self) -> list[Sample]:
+        bf16, f16 = torch.bfloat16, torch.float16
+        found = []
+        for rule in RULES:
+            found += [
+                sample("float32, warm", rule),
+                sample("float32, first step", rule, warm=False),
+                # torch has decoupled decay for Adam only; a step of the others is easily corrected.
+                # Lion's sign of a near-zero falls either way, which decides the error: few steps.
+                sample(
+                    f"float32, {10 if rule == 'lion' else 100} steps",
+                    rule,
+                    steps=10 if rule == "lion" else 100,
+                    warm=False,
+                    decoupled=float(rule in ("adam", "lion")),
+                ),
+                sample("bfloat16, warm", rule, bf16),
+            ]
+        return [
+            *found,
+            sample("float32, transposed", "adam", transposed=True),
+            sample("L2, warm", "adam", decoupled=0.0),
+            sample("L2 and Nesterov, warm", "momentum", decoupled=0.0, nesterov=1.0, dampening=0.0),
+            sample("L2, warm", "adagrad", decoupled=0.0),
+            sample("bfloat16, float32 gradients", "adam", bf16, torch.float32),
+            sample("float32, bfloat16 gradients", "adam", torch.float32, bf16),
+            sample("float16, warm", "adam", f16),
+            sample("float32, bfloat16 states", "adam", state=bf16),
+            sample("bfloat16, bfloat16 states", "lion", bf16, state=bf16),
+            sample("float32, 8-bit states", "adam", state=torch.uint8),
+            sample("float32, 8-bit states", "lion", state=torch.uint8),
+        ]
+
+    def run(self, inputs: Inputs, backend: str | None) -> Outputs:
+        names = ("params", "states1", "states2", *ABSMAX)
+        params, *columns = ([tensor.clone() for tensor in inputs[name]] for name in names)
+        steps = [torch.tensor(inputs["behind"]) for _ in params]
+        count = RULES[inputs["rule"]].states
+        for grads in inputs["grads"]:
+            optimizer_step_(
+                inputs["rule"],
+                params,
+                grads,
+                *columns[:count],
+                absmax=columns[2:],
+                steps=steps,
+                options=inputs["options"],
+                backend=backend,
+            )
+        assert all(step == inputs["behind"] + len(inputs["grads"]) for step in steps)
+        outputs = {"param": flat(params)}
+        if inputs["state_storage"] != torch.uint8:  # codes are compared in test_optim_8bit.py
+            outputs |= {f"state{k + 1}": flat(columns[k]) for k in range(count)}
+        return outputs
+
+    def naive(self, inputs: Inputs) -> Outputs:
+        """torch.optim or the papers' pseudocode, in float32, rounded to storage at the end."""
+        compute = torch.promote_types(inputs["params"][0].dtype, torch.float32)
+        params = [p.to(compute, copy=True) for p in inputs["params"]]
+        states = [
+            [s.to(compute, copy=True) for s in inputs[f"states{k + 1}"]]
+            if not inputs[ABSMAX[k]]
+            else [
+                quantize.decode(s, a.float(), signed=k == 0).to(compute)
+                for s, a in zip(inputs[f"states{k + 1}"], inputs[ABSMAX[k]], strict=True)
+            ]
+            for k in range(RULES[inputs["rule"]].states)
+        ]
+        known = inputs["rule"] in ("adam", "sgd", "momentum", "adagrad")
+        decoupled = inputs["options"].get("decoupled") and inputs["rule"] != "adam"
+        if known and decoupled:
+            assert len(inputs["grads"]) == 1
+            for p in params:
+                p.mul_(1 - inputs["options"]["lr"] * inputs["options"]["weight_decay"])
+            inputs = inputs | {"options": inputs["options"] | {"weight_decay": 0.0}}
+        (torch_step if known else published_step)(inputs, params, states)
+        outputs = {"param": flat(params).to(inputs["storage"])}
+        if inputs["state_storage"] != torch.uint8:
+            storage = inputs["state_storage"]
+            outputs |= {f"state{k + 1}": flat(s).to(storage) for k, s in enumerate(states)}
+        return outputs
+
+    def exact(self, inputs: Inputs) -> Outputs:
+        wide = in_float64(inputs) | {"storage": torch.float64}
+        if inputs["state_storage"] != torch.uint8:
+            wide["state_storage"] = torch.float64
+        return self.naive(wide)
+
+    def opchecks(self, device: torch.device) -> list[OpCheck]:
+        def tensors(dtype: torch.dtype) -> list[Tensor]:
+            return [torch.rand(3, 5, device=device).to(dtype), torch.rand(4, device=device)]
+
+        checks = []
+        for rule, dtype, master in (
+            ("adam", torch.float32, False),
+            ("adam", torch.bfloat16, True),
+            ("lion", torch.float32, False),
+        ):
+            params = [p.to(dtype) for p in tensors(dtype)]
+            states = [tensors(torch.float32) if RULES[rule].states > k else [] for k in (0, 1)]
+            masters = [p.float() for p in params] if master else []
+            arguments = (rule, params, tensors(torch.float32), *states, [], [], masters, [])
+            steps = [torch.tensor(3.0), torch.tensor(0.0)]
+            numbers = list(options(rule).values())
+            rest = (steps, [0, 1], numbers, 0.5, True, None)
+            checks.append(OpCheck(torch.ops.gradsmith.optimizer_step_.default, (*arguments, *rest)))
+        return checks
+
+    def compile_cases(self) -> list[CompileCase]:
+        from gradsmith_kernels.optimizer_step import triton_kernels
+
+        return triton_kernels.compile_cases()
+
+    # ------------------------------------------------------------------------- benchmarks
+
+    def bench_cases(self) -> list[BenchCase]:
+        one = [(16 * 2**20,)]
+        many = [(4096,)] * 2000
+        f32, bf16 = torch.float32, torch.bfloat16
+        torchs = partial(optimizer, torch.optim.AdamW, {"fused": True})
+        foreach = partial(optimizer, torch.optim.AdamW, {"foreach": True})
+        half_states = {"state_dtype": bf16}
+        # label, shapes, dtype, ours, options, clip and zero too, peers, bytes an element, check
+        table: list[tuple[Any, ...]] = []
+        for where, shapes in (("one tensor of 16M", one), ("2000 tensors of 4096", many)):
+            peers = {"torch fused": torchs, "torch foreach": foreach}
+            table += [
+                (f"adamw {where} float32", shapes, f32, optim.AdamW, {}, False, peers, 28, "adam"),
+                (f"clip + adamw + zero_grad {where} float32", shapes, f32, optim.AdamW, {}, True,
+                 {"torch clip_grad_norm_, fused, zero_grad": torchs}, 36, "adam"),
+                (f"adamw {where} bfloat16, bf16 moments", shapes, bf16, optim.AdamW, half_states,
+                 False, peers, 14, "adam"),
+            ]  # fmt: skip
+        table += [
+            ("adamw 8-bit one tensor of 16M float32", one, f32, optim.AdamW8bit, {}, False,
+             {"torch fused (float32 moments)": torchs}, 16, "adam"),
+            ("adamw 8-bit, nearest, one tensor of 16M float32", one, f32, optim.AdamW8bit,
+             {"stochastic_rounding": False}, False,
+             {"torch fused (float32 moments)": torchs}, 16, "adam"),
+            ("lion one tensor of 16M float32", one, f32, optim.Lion, {}, False,
+             {"published loop": partial(optimizer, PublishedLion, {})}, 20, "lion"),
+            ("sgd, momentum, one tensor of 16M float32", one, f32, optim.SGD, {"momentum": 0.9},
+             False, {"torch fused": partial(optimizer, torch.optim.SGD,
+                                            {"fused": True, "momentum": 0.9})}, 20, "momentum"),
+            ("adagrad one tensor of 16M float32", one, f32, optim.Adagrad, {}, False,
+             {"torch fused": partial(optimizer, torch.optim.Adagrad, {"fused": True})}, 20,
+             "adagrad"),
+        ]  # fmt: skip
+        return [self._case(*row) for row in table]
+
+    def _case(
+        self,
+        label: str,
+        shapes: Sequence[tuple[int, ...]],
+        dtype: torch.dtype,
+        cls: Any,
+        keywords: dict[str, Any],
+        whole: bool,
+        peers: dict[str, Callable[..., Any]],
+        bytes_each: int,
+        rule: str,
+    ) -> BenchCase:
+        def make(device: torch.device) -> Inputs:
+            params = [torch.randn(s, device=device).to(dtype).requires_grad_() for s in shapes]
+            for p in params:
+                p.grad = torch.randn_like(p)
+            return {"params": params}
+
+        def ours(inputs: Inputs, backend: str | None) -> None:
+            extra = {"max_grad_norm": 1.0, "zero_grads": True} if whole else {}
+            optimizer(cls, keywords | extra | {"backend": backend}, inputs).step()
+
+        def peer(made: Callable[[Inputs], Any], inputs: Inputs) -> None:
+            made_optimizer = made(inputs)
+            if whole:
+                torch.nn.utils.clip_grad_norm_(inputs["params"], 1.0)
+            made_optimizer.step()
+            if whole:
+                made_optimizer.zero_grad(set_to_none=False)
+
+        elements = sum(math.prod(shape) for shape in shapes)
+        small = sample(f"{str(dtype).removeprefix('torch.')}, warm", rule, dtype)
+        return BenchCase(
+            label,
+            make,
+            ours,
+            {name: partial(peer, made) for name, made in peers.items()},
+            elements * bytes_each,
+            elements * 15,
+            partial(self._check, small),
+        )
+
+    def _check(self, small: Sample, device: torch.device) -> None:
+        backend = self.op.resolve(None, device.type, small.dtype)
+        check_parity(self, small, backend, device)
+
+
+def optimizer(cls: Any, keywords: dict[str, Any], inputs: Inputs) -> Any:
+    """The optimizer of these inputs, made at the first call, which is a warm-up."""
+    if "optimizer" not in inputs:
+        inputs["optimizer"] = cls(inputs["params"], **keywords)
+    return inputs["optimizer"]
+
+
+class PublishedLion(torch.optim.Optimizer):
+    """Lion as its paper's program has it, in torch."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 1e-4, "betas": (0.9, 0.99)})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                m = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
+                direction = m.mul(beta1).add(p.grad, alpha=1 - beta1).sign_()
+                p.add_(direction, alpha=-group["lr"])
+                m.mul_(beta2).add_(p.grad, alpha=1 - beta2)
+
+
+SPEC = OptimizerStepSpec()
