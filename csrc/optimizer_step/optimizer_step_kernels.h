@@ -247,14 +247,42 @@ ALWAYS_INLINE inline void each_vector(int64_t size, F&& f) {
   if (at < size) f(at, size - at);
 }
 
-template <class Rule, bool kAllFloat32>
+template <bool kSigned>
+inline void decode_block(const uint8_t* codes, float scale, int64_t size, float* values) {
+  const Decoder<kSigned> decode(scale);
+  each_vector(size, [&](int64_t at, int64_t n) ALWAYS_INLINE {
+    store<F32>(values + at, decode(load_codes(codes + at, n)));
+  });
+}
+
+// The first state takes the low half of an element's random bits, the second one the high half.
+template <int kStates, bool kStochastic>
+inline void encode_block(const float* values1, const float* values2, float scale1, float scale2,
+                         int64_t size, uint32_t key, int64_t first, uint8_t* codes1,
+                         uint8_t* codes2) {
+  const Encoder<true> encode1(scale1);
+  const Encoder<false> encode2(scale2);
+  each_vector(size, [&](int64_t at, int64_t n) ALWAYS_INLINE {
+    const Bits half = Bits{} + 0x80008000u;
+    const Bits lift = kStochastic ? random_bits(key, first + at) : half;
+    store_codes(codes1 + at, encode1(load<F32>(values1 + at), lift & 0xffffu), n);
+    if (kStates == 2) store_codes(codes2 + at, encode2(load<F32>(values2 + at), lift >> 16), n);
+  });
+}
+
+// What is known of the dtypes when the code is compiled.
+enum class Dtypes { kAny, kFloat32, kFloat32With8BitStates };
+
+template <class Rule, Dtypes kDtypes>
 ALWAYS_INLINE inline void sweep(const StepTensor& t, const StepOptions& a, int64_t begin,
                                 int64_t end, StepSums* sums) {
+  constexpr bool kFloats = kDtypes != Dtypes::kAny;  // weights and gradients, without masters
+  constexpr bool kAllFloat32 = kDtypes == Dtypes::kFloat32;
   const Coefficients c(t.c);
   const Vec scale = splat(a.scale);
-  const int param_dtype = kAllFloat32 ? int(kFloat32) : t.param_dtype;
-  const int grad_dtype = kAllFloat32 ? int(kFloat32) : t.grad_dtype;
-  const int state_dtype = kAllFloat32 ? int(kFloat32) : t.state_dtype;
+  const int param_dtype = kFloats ? int(kFloat32) : t.param_dtype;
+  const int grad_dtype = kFloats ? int(kFloat32) : t.grad_dtype;
+  const int state_dtype = kAllFloat32 ? int(kFloat32) : kFloats ? kUInt8 : t.state_dtype;
   const bool eight_bit = Rule::kStates > 0 && state_dtype == kUInt8;
   const bool stochastic = !kAllFloat32 && a.stochastic && state_dtype != kFloat32;
   float buffer1[kStateBlock], buffer2[kStateBlock];
@@ -265,29 +293,21 @@ ALWAYS_INLINE inline void sweep(const StepTensor& t, const StepOptions& a, int64
     const int64_t index = block / kStateBlock;
     Vec largest1{}, largest2{};
     if (eight_bit) {
-      const Vec scale1 = splat(t.absmax1[index]);
-      const uint8_t* codes1 = static_cast<uint8_t*>(t.state1) + block;
-      each_vector(size, [&](int64_t at, int64_t n) ALWAYS_INLINE {
-        store<F32>(buffer1 + at, decode<true>(load_codes(codes1 + at, n), scale1));
-      });
-      if (Rule::kStates == 2) {
-        const Vec scale2 = splat(t.absmax2[index]);
-        const uint8_t* codes2 = static_cast<uint8_t*>(t.state2) + block;
-        each_vector(size, [&](int64_t at, int64_t n) ALWAYS_INLINE {
-          store<F32>(buffer2 + at, decode<false>(load_codes(codes2 + at, n), scale2));
-        });
-      }
+      decode_block<true>(static_cast<uint8_t*>(t.state1) + block, t.absmax1[index], size, buffer1);
+      if (Rule::kStates == 2)
+        decode_block<false>(static_cast<uint8_t*>(t.state2) + block, t.absmax2[index], size,
+                            buffer2);
     }
 
     each_vector(size, [&](int64_t at, int64_t n) ALWAYS_INLINE {
       const int64_t j = block + at;
       Vec g = load_any(t.grad, grad_dtype, j, n) * scale;
       Vec x;
-      if (!kAllFloat32 && t.master) {
+      if (!kFloats && t.master) {
         x = load<F32>(t.master + j, n);
       } else {
         x = load_any(t.param, param_dtype, j, n);
-        if (!kAllFloat32 && t.compensation) x += load<BF16>(t.compensation + j, n);
+        if (!kFloats && t.compensation) x += load<BF16>(t.compensation + j, n);
       }
       Vec s1{}, s2{};
       if (eight_bit) {
@@ -307,9 +327,9 @@ ALWAYS_INLINE inline void sweep(const StepTensor& t, const StepOptions& a, int64
         const Vec direction = lamb_direction(c, x, s1, s2);
         updates.add(s2 > 0.0f ? direction : c.c3 * x, slot);
       } else {
-        if (!kAllFloat32 && t.master) store<F32>(t.master + j, x, n);
+        if (!kFloats && t.master) store<F32>(t.master + j, x, n);
         store_any(t.param, param_dtype, j, x, n);
-        if (!kAllFloat32 && t.compensation)
+        if (!kFloats && t.compensation)
           store<BF16>(t.compensation + j, x - load_any(t.param, param_dtype, j, n), n);
       }
       if (same<Rule, LambApply>) return;
@@ -336,22 +356,13 @@ ALWAYS_INLINE inline void sweep(const StepTensor& t, const StepOptions& a, int64
       memset(static_cast<char*>(t.grad) + block * width, 0, size_t(size * width));
     }
     if (eight_bit) {
-      const float most1 = maximum(largest1);
+      const float most1 = maximum(largest1), most2 = maximum(largest2);
       t.absmax1[index] = most1;
-      const Vec inverse1 = splat(most1 > 0 ? 1 / most1 : 0);
-      uint8_t* codes1 = static_cast<uint8_t*>(t.state1) + block;
-      const float most2 = maximum(largest2);
-      const Vec inverse2 = splat(most2 > 0 ? 1 / most2 : 0);
-      uint8_t* codes2 = static_cast<uint8_t*>(t.state2) + block;
       if (Rule::kStates == 2) t.absmax2[index] = most2;
-      each_vector(size, [&](int64_t at, int64_t n) ALWAYS_INLINE {
-        const Bits random = stochastic ? random_bits(t.key, block + at) : Bits{};
-        store_codes(codes1 + at, encode<true>(load<F32>(buffer1 + at), inverse1, stochastic,
-                                              random & 0xffffu), n);
-        if (Rule::kStates == 2)
-          store_codes(codes2 + at, encode<false>(load<F32>(buffer2 + at), inverse2, stochastic,
-                                                 random >> 16), n);
-      });
+      const auto encode =
+          stochastic ? encode_block<Rule::kStates, true> : encode_block<Rule::kStates, false>;
+      encode(buffer1, buffer2, most1, most2, size, t.key, block,
+             static_cast<uint8_t*>(t.state1) + block, static_cast<uint8_t*>(t.state2) + block);
     }
   }
   if (same<Rule, LambNorms>) {
@@ -362,12 +373,13 @@ ALWAYS_INLINE inline void sweep(const StepTensor& t, const StepOptions& a, int64
 
 template <class Rule>
 void step(const StepTensor& t, const StepOptions& a, int64_t begin, int64_t end, StepSums* sums) {
-  const bool all_float32 = t.param_dtype == kFloat32 && t.grad_dtype == kFloat32 &&
-                           (Rule::kStates == 0 || t.state_dtype == kFloat32) && !t.master;
-  if (all_float32)
-    sweep<Rule, true>(t, a, begin, end, sums);
+  const bool floats = t.param_dtype == kFloat32 && t.grad_dtype == kFloat32 && !t.master;
+  if (floats && (Rule::kStates == 0 || t.state_dtype == kFloat32))
+    sweep<Rule, Dtypes::kFloat32>(t, a, begin, end, sums);
+  else if (floats && t.state_dtype == kUInt8)
+    sweep<Rule, Dtypes::kFloat32With8BitStates>(t, a, begin, end, sums);
   else
-    sweep<Rule, false>(t, a, begin, end, sums);
+    sweep<Rule, Dtypes::kAny>(t, a, begin, end, sums);
 }
 
 constexpr StepKernels kStepKernels = {

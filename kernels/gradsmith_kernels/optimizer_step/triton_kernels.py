@@ -109,7 +109,7 @@ def store_state(
         gap = tl.load(map_ptr + high) - below
         share = 0.5
         if RANDOM:
-            share = (random.to(tl.float32) + 0.5) * 0.0000152587890625
+            share = 1 - (random.to(tl.float32) + 0.5) * 0.0000152587890625
         count = tl.where(share * gap < x - below, high, low) - ZERO
         code = tl.where(value < 0, ZERO - tl.minimum(count, 127), ZERO + count)
         tl.store(state_ptr + at, code.to(tl.uint8), mask)
