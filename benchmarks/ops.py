@@ -1,4 +1,4 @@
-"""Each op against its peers, as its spec lists them; shared by the CPU suite and the GPU one."""
+"""Each op against its peers, as its spec and peers.py list them; for the CPU suite and the GPU."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from gradsmith_kernels.spec import BenchCase, all_specs
 
+from . import peers
 from .machine import Call, summary
 
 BUDGET = 2.0  # seconds for one case
@@ -20,6 +21,7 @@ def cases() -> dict[str, BenchCase]:
     found = [case for spec in all_specs() for case in spec.bench_cases()]
     labelled = {case.label: case for case in found}
     assert len(labelled) == len(found), "two benchmark cases have the same label"
+    assert peers.known() <= labelled.keys(), "a peer of a benchmark case that does not exist"
     return labelled
 
 
@@ -31,7 +33,8 @@ def contenders(case: BenchCase, device: torch.device) -> dict[str, Call]:
     """
     case.check(device)
     calls: dict[str, Call] = {OURS: partial(case.ours, case.make(device), None)}
-    return calls | {name: partial(peer, case.make(device)) for name, peer in case.peers.items()}
+    others = {**case.peers, **peers.of(case.label)}
+    return calls | {name: partial(peer, case.make(device)) for name, peer in others.items()}
 
 
 def row(case: BenchCase, seconds: Mapping[str, Sequence[float]]) -> dict[str, Any]:

@@ -88,31 +88,41 @@ class StepPlan {
     }
   }
 
-  void set_grads(const std::vector<uintptr_t>& addresses, const std::vector<int>& dtypes) {
+  void set_grads(const std::vector<uintptr_t>& addresses) {
     check(addresses.size());
-    check(dtypes.size());
-    for (size_t i = 0; i < tensors_.size(); ++i) {
-      tensors_[i].grad = pointer(addresses[i]);
-      tensors_[i].grad_dtype = dtypes[i];
-    }
+    for (size_t i = 0; i < tensors_.size(); ++i) tensors_[i].grad = pointer(addresses[i]);
   }
 
-  // Raises the step counts by one and returns them.
+  void set_grad_dtypes(const std::vector<int>& dtypes) {
+    check(dtypes.size());
+    for (size_t i = 0; i < tensors_.size(); ++i) tensors_[i].grad_dtype = dtypes[i];
+  }
+
+  // Raises the step counts by one and returns the distinct ones.
   std::vector<float> count() {
     std::vector<float> counts;
-    for (float* step : steps_) counts.push_back(*step += 1);
+    places_.clear();
+    for (float* step : steps_) {
+      *step += 1;
+      auto found = std::find(counts.begin(), counts.end(), *step);
+      if (found == counts.end()) found = counts.insert(counts.end(), *step);
+      places_.push_back(int(found - counts.begin()));
+    }
     return counts;
   }
 
-  // coefficients: a set of eight for each distinct step, with its seed; which: the set of each
-  // tensor. Returns the sums of squares of the weights and updates (Lamb's norms only).
+  // Each tensor's place among the distinct step counts.
+  std::vector<int> places() const { return places_; }
+
+  // coefficients: a set of eight with a seed for each distinct step, or for each tensor. Returns the
+  // sums of squares of the weights and updates (Lamb's norms only).
   std::vector<std::pair<double, double>> run(
       int rule, const std::vector<std::pair<std::array<float, 8>, uint32_t>>& coefficients,
-      const std::vector<int>& which, float scale, bool zero_grad, bool stochastic, int threads) {
-    check(which.size());
+      bool for_each, float scale, bool zero_grad, bool stochastic, int threads) {
+    if (for_each) check(coefficients.size());
     if (rule < 0 || rule >= kRules) throw py::value_error("StepPlan: no such rule");
     for (size_t i = 0; i < tensors_.size(); ++i) {
-      const auto& [values, seed] = coefficients.at(size_t(which[i]));
+      const auto& [values, seed] = coefficients.at(for_each ? i : size_t(places_[i]));
       std::copy(values.begin(), values.end(), tensors_[i].c);
       tensors_[i].key = (seed ^ (streams_[i] * 0x9e3779b9u)) * 0x85ebca6bu;
     }
@@ -133,6 +143,7 @@ class StepPlan {
   std::vector<StepTensor> tensors_;
   std::vector<float*> steps_;
   std::vector<uint32_t> streams_;
+  std::vector<int> places_;
 };
 
 std::pair<double, int64_t> squared_norm_binding(const std::vector<uintptr_t>& addresses,
@@ -239,7 +250,9 @@ PYBIND11_MODULE(_native, m) {
   py::class_<StepPlan>(m, "StepPlan", "Tensors that an optimizer steps together.")
       .def(py::init<const std::vector<StepRow>&>())
       .def("set_grads", &StepPlan::set_grads)
+      .def("set_grad_dtypes", &StepPlan::set_grad_dtypes)
       .def("count", &StepPlan::count)
+      .def("places", &StepPlan::places)
       .def("run", &StepPlan::run);
   m.def("squared_norm", squared_norm_binding);
 }

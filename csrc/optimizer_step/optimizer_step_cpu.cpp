@@ -18,7 +18,7 @@ const StepKernels& kernels() {
 
 // Threads get whole chunks: no two of them write to one cache line or one 8-bit block.
 constexpr int64_t kChunk = 2048;
-constexpr int64_t kPiece = 64;            // chunks that a sweep does in one go
+constexpr int64_t kPiece = 1024;            // chunks that a sweep does in one go
 constexpr int64_t kBytesPerElement = 28;  // fp32 Adam: four arrays read, three written
 
 // All tensors laid end to end, in chunks: one parallel region, whose threads get equal shares

@@ -221,7 +221,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self, cache: _Cache, params: Sequence[Tensor], grads: Sequence[Tensor | None]
     ) -> bool:
         states = list(self.state.values())
-        values = list(chain.from_iterable(state.values() for state in states))
+        values = list(chain.from_iterable(map(dict.values, states)))
         return (
             _same(params, cache.params)
             and [g is not None for g in grads] == cache.present
@@ -248,8 +248,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._batch(key[0], indices, params, grads) for key, indices in collected.items()
         ]
         states = list(self.state.values())
-        values = list(chain.from_iterable(state.values() for state in states))
-        tensors = [*params, *(value for value in values if isinstance(value, Tensor))]
+        values = list(chain.from_iterable(map(dict.values, states)))
+        # Their memory may move while they stay the same objects (`.data` assigned).
+        moving = (s[k] for s in states for k in s if k != "step")
+        tensors = [*params, *(value for value in moving if isinstance(value, Tensor))]
         return _Cache(
             batches,
             params,

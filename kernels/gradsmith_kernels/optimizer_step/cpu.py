@@ -24,6 +24,7 @@ class Plan:
 
     def __init__(self, rule: Rule, tensors: Tensors) -> None:
         self._rule, self._tensors = rule, tensors
+        self._grads: Sequence[Tensor] = ()  # the last step's, whose dtypes are known
         self._copies = [(t, t.contiguous()) for t in tensors.written() if not t.is_contiguous()]
         copies = {id(original): copy for original, copy in self._copies}
 
@@ -55,29 +56,29 @@ class Plan:
     ) -> None:
         for original, copy in self._copies:
             copy.copy_(original)
-        used = [g if g.is_contiguous() else g.contiguous() for g in grads]
-        self._plan.set_grads([g.data_ptr() for g in used], [DTYPE_CODES[g.dtype] for g in used])
-        counts = self._plan.count()
-        number = {t: i for i, t in enumerate(dict.fromkeys(counts))}
+        if grads is not self._grads:
+            self._grads = grads
+            self._plan.set_grad_dtypes([DTYPE_CODES[g.dtype] for g in grads])
+        contiguous = all(map(Tensor.is_contiguous, grads))
+        used = grads if contiguous else [g.contiguous() for g in grads]
+        self._plan.set_grads(list(map(Tensor.data_ptr, used)))
         sets = [
             (self._rule.coefficients(options, t), 0 if seed is None else seed_of_step(seed, t))
-            for t in number
+            for t in self._plan.count()
         ]
-        which = [number[t] for t in counts]
         lamb, threads = self._rule.name == "lamb", torch.get_num_threads()
         last = zero_grads and not lamb
-        sums = self._plan.run(self._rule.code, sets, which, scale, last, seed is not None, threads)
+        sums = self._plan.run(self._rule.code, sets, False, scale, last, seed is not None, threads)
         if lamb:  # the trust ratios are known now
             scaled = []
-            for i, pair in zip(which, sums, strict=True):
+            for i, pair in zip(self._plan.places(), sums, strict=True):
                 coefficients, of_step = sets[i]
                 rate = coefficients[4] * trust_ratio(*pair)
                 scaled.append(([*coefficients[:4], rate, *coefficients[5:]], of_step))
-            which = list(range(len(scaled)))
-            self._plan.run(LAMB_APPLY, scaled, which, scale, zero_grads, False, threads)
+            self._plan.run(LAMB_APPLY, scaled, True, scale, zero_grads, False, threads)
         for original, copy in self._copies:
             original.copy_(copy)
-        if zero_grads:
+        if zero_grads and not contiguous:
             for g, copy in zip(grads, used, strict=True):
                 if g is not copy:
                     g.zero_()

@@ -61,7 +61,9 @@ class Plan:
                 bits = random_bits(seed_of_step(seed, t), columns.streams[i], p)
                 random = (bits >> 16) if k else bits & 0xFFFF
             if s.dtype == torch.uint8:
-                draws = None if random is None else 1 - (random + 0.5).float().reshape(-1) * 2.0**-16
+                draws = (
+                    None if random is None else 1 - (random + 0.5).float().reshape(-1) * 2.0**-16
+                )
                 codes, absmax = quantize.encode(new, k == 0, draws)
                 s.copy_(codes)
                 scales[k].copy_(absmax)
