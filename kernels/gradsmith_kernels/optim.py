@@ -397,6 +397,7 @@ class ScheduleFreeAdamW(FusedOptimizer):
     """
 
     state_names = ("z", "exp_avg_sq")
+    counted = ("k", "lr_max", "weight_sum", "train_mode")
 
     def __init__(
         self,

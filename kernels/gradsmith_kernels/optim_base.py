@@ -70,6 +70,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     """
 
     state_names: ClassVar[tuple[str, ...]] = ()  # of the rule with the most
+    counted: ClassVar[tuple[str, ...]] = ()  # entries of a group that steps change
     _step_supports_amp_scaling = True  # GradScaler then sets grad_scale and found_inf
 
     def __init__(
@@ -316,6 +317,12 @@ class FusedOptimizer(torch.optim.Optimizer):
                 state["master"] = p.detach().to(torch.float32, copy=True)
             elif self.weights == "kahan":
                 state["compensation"] = torch.zeros(p.shape, dtype=torch.bfloat16, device=p.device)
+
+    def reset(self) -> None:
+        """Forgets all steps that were made; the parameters stay as they are."""
+        self.state.clear()
+        for group in self.param_groups:
+            group.update((name, self.defaults[name]) for name in self.counted)
 
     def new_state(self, p: Tensor) -> dict[str, Any]:
         """The state that `p` starts with, for whoever restores one piece by piece."""

@@ -18,7 +18,7 @@ from gradsmith.training import engine as engines
 Tiny = Callable[..., Recipe]
 RATES = {
     "adamw": 3e-3, "adam": 3e-3, "adamw8bit": 3e-3, "lion": 1e-3, "sgd": 0.3, "adagrad": 0.03,
-    "lamb": 5e-2,
+    "lamb": 5e-2, "schedule_free": 1e-2,
 }  # fmt: skip
 
 
@@ -33,6 +33,7 @@ RATES = {
         ({"name": "adamv"}, "Did you mean"),
         ({"name": "lamb"}, "needs zero.stage 0: its trust ratios are of whole tensors"),
         ({"name": "lamb", "l1": 0.1}, "l1 does not go with lamb"),
+        ({"name": "schedule_free"}, "schedule.name must be constant; it is cosine"),
     ],
 )
 def test_what_cannot_work_is_refused(tmp_path: Any, settings: dict, message: str) -> None:
@@ -77,6 +78,8 @@ CASES: list[tuple[str, int, str, dict[str, Any]]] = [
     ("sgd", 3, "none", {"nesterov": True}),
     ("adagrad", 1, "none", {}),
     ("lamb", 0, "none", {}),
+    ("schedule_free", 0, "none", {}),
+    ("schedule_free", 2, "optimizer", {"l1": 1e-4}),
 ]
 
 
@@ -92,6 +95,19 @@ def test_resume_gives_the_same_bits(
     parts = tiny("parts", **settings, **{"training.steps": 6})
     loop.train(parts)
     assert losses(parts) == losses(whole)
+
+
+def test_schedule_free_is_the_same_under_every_stage(tiny: Tiny) -> None:
+    """Training and validation, which sees the averages."""
+    found = []
+    for stage in (0, 1, 2):
+        settings = settings_for("schedule_free", stage) | {"training.precision": "fp32"}
+        recipe = tiny(f"run{stage}", **settings, **{"training.steps": 6})
+        loop.train(recipe)
+        rows = [row for row in Run(recipe.output).read_metrics() if row["kind"] == "validation"]
+        found.append(losses(recipe) + [row["loss"] for row in rows])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(found[2], found[0], rtol=1e-5, atol=0)
 
 
 def states(recipe: Recipe) -> dict[str, torch.Tensor]:

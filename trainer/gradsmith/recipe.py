@@ -166,13 +166,16 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {"lr": 0.1, "weight_decay": 0.0, "momentum": 0.9, "nesterov": False, "states": "fp32"},
     "adagrad": {"lr": 1e-2, "weight_decay": 0.0, "eps": 1e-10, "states": "fp32"},
     "lamb": {"lr": 2e-3, "weight_decay": 0.1, "betas": [0.9, 0.95], "eps": 1e-6},
+    "schedule_free": {"lr": 1e-3, "weight_decay": 0.1, **_ADAM},
 }
 
 
 class Optimizer(Node):
     """One of gradsmith_kernels.optim. Values that are left out are the optimizer's own."""
 
-    name: Literal["adamw", "adam", "adamw8bit", "lion", "sgd", "adagrad", "lamb"] = "adamw"
+    name: Literal[
+        "adamw", "adam", "adamw8bit", "lion", "sgd", "adagrad", "lamb", "schedule_free"
+    ] = "adamw"
     lr: PositiveFloat = Field(3e-4, validate_default=True)
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
     l1: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
@@ -279,6 +282,17 @@ class Training(Node):
                 "optimizer lamb needs zero.stage 0: its trust ratios are of whole tensors, and "
                 f"stage {self.zero.stage} steps flat stretches of many tensors"
             )
+        if self.optimizer.name == "schedule_free":
+            if self.schedule.name != "constant":
+                raise ValueError(
+                    "optimizer schedule_free averages the weights instead of lowering the rate: "
+                    f"schedule.name must be constant; it is {self.schedule.name}"
+                )
+            if self.zero.stage == 3:
+                raise ValueError(
+                    "optimizer schedule_free needs zero.stage 0, 1 or 2: at stage 3 the weights "
+                    "cannot be exchanged for their averages"
+                )
         if self.global_batch % self.micro_batch:
             raise ValueError(
                 f"global_batch {self.global_batch} is no multiple of micro_batch {self.micro_batch}"

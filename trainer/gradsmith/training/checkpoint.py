@@ -164,7 +164,9 @@ def save(
             _fsync(folder)
 
     weights = gather_weights(engine.module)
-    scalars = {"optimizer": _scalars(engine)}
+    optimizer = engine.basic_optimizer
+    counted = {name: optimizer.param_groups[0][name] for name in optimizer.counted}
+    scalars = {"optimizer": _scalars(engine), "groups": counted}
     try:
         for stage in (prepare, write, publish):
             _together(stage)
@@ -368,6 +370,8 @@ def load_optimizer(engine: DeepSpeedEngine, checkpoint: Path) -> dict[str, Any]:
             )
     state_json: dict[str, Any] = read_json(checkpoint / "state.json")
     optimizer = engine.basic_optimizer
+    for group in optimizer.param_groups:
+        group.update((name, state_json["groups"][name]) for name in optimizer.counted)
     mine = list(pieces(engine))
     for piece in mine:
         state = optimizer.state[piece.owner]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import os
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -135,7 +137,7 @@ def build_engine(recipe: Recipe, model: torch.nn.Module) -> DeepSpeedEngine:
     # DeepSpeed 0.19's stage 0 with 16-bit weights steps once on zero gradients while it is built.
     # With a rate that decays the weights, and Adam's step count, hence its bias correction, is one
     # ahead ever after: the losses differ from those of stages 1 to 3. Undo it.
-    optimizer.state.clear()
+    optimizer.reset()
     return engine
 
 
@@ -152,6 +154,7 @@ def build_optimizer(recipe: Recipe, groups: list[dict[str, Any]]) -> Any:
         "sgd": optim.SGD,
         "adagrad": optim.Adagrad,
         "lamb": optim.LAMB,
+        "schedule_free": optim.ScheduleFreeAdamW,
     }[settings.name]
     names = ("betas", "eps", "momentum", "nesterov")
     options = {name: value for name in names if (value := getattr(settings, name)) is not None}
@@ -168,6 +171,34 @@ def build_optimizer(recipe: Recipe, groups: list[dict[str, Any]]) -> Any:
         stochastic_rounding=settings.rounding != "nearest",
         **options,
     )
+
+
+@contextlib.contextmanager
+def averaged_weights(engine: DeepSpeedEngine) -> Iterator[None]:
+    """While it lasts, the model holds the weights that are to be judged and kept.
+
+    With a schedule-free optimizer those are its averages; with others nothing changes.
+    """
+    optimizer = engine.basic_optimizer
+    if not hasattr(optimizer, "train"):
+        yield
+        return
+    optimizer.eval()
+    publish_weights(engine)
+    yield
+    optimizer.train()
+    publish_weights(engine)
+
+
+def publish_weights(engine: DeepSpeedEngine) -> None:
+    """Rounds the float32 weights that the optimizer holds into the model, as a step does."""
+    wrapper = engine.optimizer
+    if hasattr(wrapper, "update_lp_params"):  # stages 1 and 2
+        wrapper.update_lp_params()
+    elif hasattr(wrapper, "fp16_groups"):  # stage 0 in 16 bits
+        for group, masters in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
+            for weight, master in zip(group, masters, strict=True):
+                weight.data.copy_(master.data)
 
 
 def optimizer_device(recipe: Recipe) -> str:

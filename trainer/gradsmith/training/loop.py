@@ -234,8 +234,9 @@ def validate(session: Session, elapsed: float) -> dict[str, Any]:
         batch=settings.micro_batch,
         limit=settings.validate_.sequences,
     )
-    for batch in batches:
-        total += batch_sums(session.engine, batch, token_bytes)
+    with engines.averaged_weights(session.engine):
+        for batch in batches:
+            total += batch_sums(session.engine, batch, token_bytes)
     session.engine.train()
     dist.all_reduce(total := total.to(engines.device()))
     metrics = summarize(total.cpu())
@@ -351,7 +352,8 @@ def _agree_on_checkpoint(run: Run) -> Path | None:
 
 
 def _resume(session: Session, start: Path) -> None:
-    state = checkpoint.load_optimizer(session.engine, start)
+    with engines.averaged_weights(session.engine):
+        state = checkpoint.load_optimizer(session.engine, start)
     if state["data"] != session.data.fingerprint:
         raise UserError(
             f"{session.run.data}: the data is not what {start} was trained on (its sources have "
@@ -395,13 +397,14 @@ def _log(run: Run, row: dict[str, Any]) -> None:
 
 
 def _save(session: Session, elapsed: float) -> None:
-    checkpoint.save(
-        session.engine,
-        session.data.tokenizer(),
-        session.run.checkpoints,
-        session.step,
-        session.state(elapsed),
-    )
+    with engines.averaged_weights(session.engine):
+        checkpoint.save(
+            session.engine,
+            session.data.tokenizer(),
+            session.run.checkpoints,
+            session.step,
+            session.state(elapsed),
+        )
     if engines.rank() == 0:
         checkpoint.keep_newest(session.run.checkpoints, session.recipe.training.checkpoint.keep)
     dist.barrier()
