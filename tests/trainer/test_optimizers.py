@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import losses, tiny_tree
+from conftest import losses, tiny_tree, train_in_process
 
 from gradsmith.errors import UserError
 from gradsmith.recipe import Optimizer, Recipe, Training, parse_recipe
@@ -95,6 +96,30 @@ def test_resume_gives_the_same_bits(
     parts = tiny("parts", **settings, **{"training.steps": 6})
     loop.train(parts)
     assert losses(parts) == losses(whole)
+
+
+def test_two_ranks_with_offload_clip_and_8_bit_states_resume_with_the_same_bits(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    settings = settings_for("adamw8bit", 2) | {"training.zero.offload": "optimizer"}
+    settings |= {"training.checkpoint.every": 3, "training.clip": 0.05}  # every step is clipped
+    whole = tiny("whole", **settings, **{"training.steps": 6})
+    train_in_process(whole, 2, tmp_path)
+    for steps in (3, 6):
+        parts = tiny("parts", **settings, **{"training.steps": steps})
+        train_in_process(parts, 2, tmp_path)
+    assert len(losses(parts)) == 6
+    assert losses(parts) == losses(whole)
+    norms = [row["grad_norm"] for row in Run(whole.output).read_metrics() if "grad_norm" in row]
+    assert min(norms) > 0.05
+    for one in sorted(newest(whole).glob("optimizer-*.safetensors")):
+        assert one.read_bytes() == (newest(parts) / one.name).read_bytes()
+
+
+def newest(recipe: Recipe) -> Path:
+    found = checkpoint.newest_checkpoint(Run(recipe.output).checkpoints)
+    assert found is not None
+    return found
 
 
 def test_schedule_free_is_the_same_under_every_stage(tiny: Tiny) -> None:
