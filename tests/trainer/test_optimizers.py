@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,42 @@ def test_two_ranks_with_offload_clip_and_8_bit_states_resume_with_the_same_bits(
     assert min(norms) > 0.05
     for one in sorted(newest(whole).glob("optimizer-*.safetensors")):
         assert one.read_bytes() == (newest(parts) / one.name).read_bytes()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("stage", "offload"), [(0, "none"), (1, "none"), (2, "none"), (2, "optimizer"), (3, "none")]
+)
+def test_a_step_on_nan_changes_nothing(
+    tiny: Tiny, stage: int, offload: str, precision: str
+) -> None:
+    """The run goes on from the weights and states of before."""
+    settings = settings_for("adamw", stage) | {"training.zero.offload": offload}
+    recipe = tiny("run", **settings, **{"training.precision": precision})
+    engines.init_distributed()
+    session = loop._build(recipe, Run(recipe.output), fresh=True)
+    engines.set_learning_rate(session.engine, 1e-3)
+    optimizer = session.engine.basic_optimizer
+
+    def held() -> dict[str, torch.Tensor]:
+        found = {}
+        for piece in checkpoint.pieces(session.engine):
+            state = {"weight": piece.owner, **optimizer.state[piece.owner]}
+            for key in ("weight", "exp_avg", "exp_avg_sq"):
+                found[f"{piece.name}:{key}"] = piece.of(state[key]).clone()
+        return found
+
+    loop.optimizer_step(session)
+    before = held()
+    spoiled = dict(session.engine.module.named_parameters())["model.norm.weight"]
+    hook = spoiled.register_hook(lambda grad: grad * math.nan)
+    _, norm, _ = loop.optimizer_step(session)
+    assert not math.isfinite(norm)
+    torch.testing.assert_close(held(), before, rtol=0, atol=0)
+    hook.remove()
+    _, norm, _ = loop.optimizer_step(session)
+    assert math.isfinite(norm)
+    assert any(not torch.equal(now, before[key]) for key, now in held().items())
 
 
 def newest(recipe: Recipe) -> Path:

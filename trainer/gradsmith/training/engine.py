@@ -138,6 +138,8 @@ def build_engine(recipe: Recipe, model: torch.nn.Module) -> DeepSpeedEngine:
     # With a rate that decays the weights, and Adam's step count, hence its bias correction, is one
     # ahead ever after: the losses differ from those of stages 1 to 3. Undo it.
     optimizer.reset()
+    _clip_in_the_sweep(engine)
+    _forget_skipped_gradients(engine)
     return engine
 
 
@@ -171,6 +173,40 @@ def build_optimizer(recipe: Recipe, groups: list[dict[str, Any]]) -> Any:
         stochastic_rounding=settings.rounding != "nearest",
         **options,
     )
+
+
+def _clip_in_the_sweep(engine: DeepSpeedEngine) -> None:
+    """Lets the optimizer scale the gradients as it reads them: DeepSpeed would go over all of them
+    once more, and in float32 would step on a gradient that is not finite.
+
+    At stage 0, and at stage 1 in bf16, other classes of DeepSpeed clip, each in its own way.
+    """
+    wrapper, optimizer = engine.optimizer, engine.basic_optimizer
+    if engine.zero_optimization_stage() == 0 or not hasattr(wrapper, "unscale_and_clip_grads"):
+        return
+
+    def set_scale(_: Any, scaled_norm: torch.Tensor | float) -> None:
+        norm = float(scaled_norm) / wrapper.loss_scale
+        clipped = max(1.0, (norm + 1e-6) / wrapper.clip_grad) if wrapper.clip_grad else 1.0
+        optimizer.grad_scale = clipped * wrapper.loss_scale
+        optimizer.found_inf = not 0 <= norm < math.inf  # DeepSpeed says -1 for one with NaN in it
+
+    wrapper.unscale_and_clip_grads = set_scale
+
+
+def _forget_skipped_gradients(engine: DeepSpeedEngine) -> None:
+    """DeepSpeed 0.19 with offload keeps the gradients of a step that it skipped and adds the next
+    ones to them: after one that is not finite no step would ever be made again."""
+    wrapper = engine.optimizer
+    if not getattr(wrapper, "cpu_offload", False) or not hasattr(wrapper, "reset_cpu_buffers"):
+        return
+    reset = wrapper.reset_cpu_buffers
+
+    def reset_and_forget() -> None:
+        reset()
+        wrapper.averaged_gradients = dict.fromkeys(wrapper.averaged_gradients)
+
+    wrapper.reset_cpu_buffers = reset_and_forget
 
 
 @contextlib.contextmanager

@@ -179,6 +179,8 @@ def optimizer_step(session: Session, asked_to_stop: bool = False) -> tuple[float
     dist.all_reduce(total := total.to(engines.device()))
     own = engines.clips_itself(recipe)
     norm = float(engine.basic_optimizer.grad_norm if own else engine.get_global_grad_norm())
+    if norm < 0:  # DeepSpeed's word for a gradient that is not finite
+        norm = math.nan
     return float(total[0]) / max(1, targets), norm, bool(total[1])
 
 
