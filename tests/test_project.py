@@ -33,9 +33,9 @@ def written_files() -> Iterator[Path]:
         yield from (path for path in (ROOT / folder).rglob("*") if path.is_file())
 
 
-def blocks(language: str) -> list[str]:
-    """The README's code blocks in one language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    """The code blocks of a page in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
 def test_lines_fit_a_screen() -> None:
@@ -135,6 +135,7 @@ def test_the_recipe_in_the_readme_is_valid() -> None:
     assert parse_recipe(yaml.safe_load(block)).name
 
 
-def test_the_python_in_the_readme_runs() -> None:
-    for block in blocks("python"):
-        exec(compile(block, "README.md", "exec"), {})
+@pytest.mark.parametrize("page", ["README.md", "docs/optimizers.md"])
+def test_the_python_in_the_documents_runs(page: str) -> None:
+    for block in blocks("python", (ROOT / page).read_text(encoding="utf-8")):
+        exec(compile(block, page, "exec"), {})
