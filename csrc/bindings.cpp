@@ -114,8 +114,8 @@ class StepPlan {
   // Each tensor's place among the distinct step counts.
   std::vector<int> places() const { return places_; }
 
-  // coefficients: a set of eight with a seed for each distinct step, or for each tensor. Returns the
-  // sums of squares of the weights and updates (Lamb's norms only).
+  // coefficients: a set of eight with a seed for each distinct step, or for each tensor. Returns
+  // the sums of squares of the weights and updates (Lamb's norms only).
   std::vector<std::pair<double, double>> run(
       int rule, const std::vector<std::pair<std::array<float, 8>, uint32_t>>& coefficients,
       bool for_each, float scale, bool zero_grad, bool stochastic, int threads) {
