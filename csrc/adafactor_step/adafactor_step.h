@@ -44,7 +44,7 @@ struct FactorSquares {
   double update, weight;
 };
 
-constexpr int64_t kFactorCols = 2048;  // a block has at most so many columns
+constexpr int64_t kFactorCols = 4096;  // a block has at most so many columns
 
 struct AdafactorKernels {
   // Sums of squares of a block: of row i at rows[i * stride], of its columns at cols[0], ...
