@@ -100,7 +100,8 @@ class Job {
     }
     const double count = double(numel());
     const double size = std::max(t_.eps2, std::sqrt(total.weight / count));
-    step_ = float(t_.rate * size / std::max(1.0, std::sqrt(total.update / count) / t_.clip));
+    const double over = std::sqrt(total.update / count) / t_.clip;
+    step_ = float(t_.rate * size / (over <= 1 ? 1 : over));  // NaN goes on into the weights
   }
 
   void apply(int64_t piece, const FactorOptions& options) const {

@@ -32,7 +32,7 @@ inline Vec magnitude(Vec v) { return (Vec)((Bits)v & 0x7fffffffu); }
 // Every lane moved towards 0 by the threshold, where it stops.
 ALWAYS_INLINE inline Vec shrink(Vec x, Vec threshold) {
   const Vec size = magnitude(x) - threshold;
-  const Vec left = size > 0.0f ? size : splat(0.0f);
+  const Vec left = size <= 0.0f ? splat(0.0f) : size;  // NaN stays NaN
   return (Vec)((Bits)left | ((Bits)x & 0x80000000u));
 }
 
