@@ -52,7 +52,9 @@ class Adafactor(FusedOptimizer):
         **options: Any,
     ) -> None:
         defaults = {"lr": lr, "beta2_decay": beta2_decay, "eps": eps, "d": d}
-        super().__init__(params, defaults | {"weight_decay": weight_decay, "l1": l1}, **options)
+        defaults |= {"weight_decay": weight_decay, "l1": l1}
+        defaults["maximize"] = False  # torch's, given our state dict, asks for it
+        super().__init__(params, defaults, **options)
 
     @staticmethod
     def _state_dtypes() -> tuple[torch.dtype, ...]:
@@ -94,7 +96,9 @@ class Adafactor(FusedOptimizer):
         module = OP.choose(self._backend, params[0].device, params[0].dtype)
         return partial(check, tensors), lambda: module.Plan(tensors)
 
-    def _advance(self, plan: Any, grads: list[Tensor], group: Mapping[str, Any], scale: float) -> None:
+    def _advance(
+        self, plan: Any, grads: list[Tensor], group: Mapping[str, Any], scale: float
+    ) -> None:
         eps1, eps2 = group["eps"]
         names = ("lr", "beta2_decay", "d", "weight_decay", "l1")
         options = Options(eps1=eps1, eps2=eps2, **{name: float(group[name]) for name in names})

@@ -152,6 +152,7 @@ def build_optimizer(recipe: Recipe, groups: list[dict[str, Any]]) -> Any:
         "sgd": optim.SGD,
         "adagrad": optim.Adagrad,
         "lamb": optim.LAMB,
+        "adafactor": optim.Adafactor,
     }[settings.name]
     names = ("betas", "eps", "momentum", "nesterov")
     options = {name: value for name in names if (value := getattr(settings, name)) is not None}
@@ -168,6 +169,12 @@ def build_optimizer(recipe: Recipe, groups: list[dict[str, Any]]) -> Any:
         stochastic_rounding=settings.rounding != "nearest",
         **options,
     )
+
+
+def optimizer_op(recipe: Recipe) -> str:
+    """The kernel library's op that steps the weights."""
+    adafactor = recipe.training.optimizer.name == "adafactor"
+    return "adafactor_step" if adafactor else "optimizer_step"
 
 
 def optimizer_device(recipe: Recipe) -> str:
