@@ -266,7 +266,8 @@ void adafactor_step(const std::vector<FactorTensor>& tensors, const FactorOption
         return std::lower_bound(before.begin(), before.end(), elements * share / threads) -
                before.begin();
       };
-      for (int64_t i = bound(begin); i < (end == threads ? int64_t(small.size()) : bound(end)); ++i) {
+      const int64_t last = end == threads ? int64_t(small.size()) : bound(end);
+      for (int64_t i = bound(begin); i < last; ++i) {
         small[size_t(i)].place(memory[for_small + size_t(begin * small_scratch)]);
         step_small(small[size_t(i)], options);
       }

@@ -2,7 +2,8 @@
 // compiled with its flags.
 //
 // A body is instantiated for each rule, with all tensors in float32 and with dtypes that are asked
-// for at each vector (common/elements.h). 8-bit states are decoded a block at a time into a buffer of floats in the L1 cache.
+// for at each vector (common/elements.h). 8-bit states are decoded a block at a time into a buffer
+// of floats in the L1 cache.
 #pragma once
 
 #include "common/elements.h"

@@ -1,7 +1,8 @@
 """Optimizers on gradsmith's kernels, with the names, groups and state dicts of torch.optim.
 
-Formulas and sources: `gradsmith_kernels.optimizer_step.rules`; of Adafactor, `optim_adafactor`. What all of them take besides
-(`max_grad_norm`, `weights`, `state_dtype`, ...): `FusedOptimizer`.
+Formulas and sources: `gradsmith_kernels.optimizer_step.rules`; of Adafactor,
+`gradsmith_kernels.adafactor_step`. What all of them take besides (`max_grad_norm`, `weights`,
+`state_dtype`, ...): `FusedOptimizer`.
 """
 
 from __future__ import annotations

@@ -286,8 +286,17 @@ class FusedOptimizer(torch.optim.Optimizer):
         """A check of gradients for these parameters, and what makes the plan of their steps."""
         rule = RULES[self._rule(group)]
         names = (*self.state_names[: rule.states], "", "")  # of no column
-        columns = (names[0], names[1], "absmax1", "absmax2", "master", "compensation", "step")
-        tensors = Tensors(params, *(column(states, name) for name in columns), streams)
+        tensors = Tensors(
+            params,
+            column(states, names[0]),
+            column(states, names[1]),
+            column(states, "absmax1"),
+            column(states, "absmax2"),
+            column(states, "master"),
+            column(states, "compensation"),
+            column(states, "step"),
+            streams,
+        )
         module = OP.choose(self._backend, params[0].device, params[0].dtype)
         return partial(check, rule, tensors), lambda: module.Plan(rule, tensors)
 

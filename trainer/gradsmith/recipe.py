@@ -175,9 +175,9 @@ OF_WHOLE_TENSORS = {"lamb": "trust ratios", "adafactor": "row and column means"}
 class Optimizer(Node):
     """One of gradsmith_kernels.optim. Values that are left out are the optimizer's own."""
 
-    name: Literal[
-        "adamw", "adam", "adamw8bit", "lion", "sgd", "adagrad", "lamb", "adafactor"
-    ] = "adamw"
+    name: Literal["adamw", "adam", "adamw8bit", "lion", "sgd", "adagrad", "lamb", "adafactor"] = (
+        "adamw"
+    )
     lr: PositiveFloat = Field(3e-4, validate_default=True)
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
     l1: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(

@@ -22,19 +22,21 @@ class Plan:
         def address(tensor: Tensor | None) -> int:
             return 0 if tensor is None else copies.get(id(tensor), tensor).data_ptr()
 
-        names = ("params", "row_vars", "col_vars", "masters", "compensations", "steps")
+        names = ("row_vars", "col_vars", "masters", "compensations", "steps")
         self._plan = _native.AdafactorPlan(
             [
                 (
                     address(p),
                     address(row_var),
                     address(col_var) if p.ndim >= 2 else 0,
-                    *map(address, rest),
+                    address(master),
+                    address(compensation),
+                    address(step),
                     *matrices_of(p.shape),
                     DTYPE_CODES[p.dtype],
                 )
-                for p, row_var, col_var, *rest in zip(
-                    tensors.params, *map(tensors.column, names[1:]), strict=True
+                for p, row_var, col_var, master, compensation, step in zip(
+                    tensors.params, *map(tensors.column, names), strict=True
                 )
             ]
         )

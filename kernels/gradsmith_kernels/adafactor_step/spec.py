@@ -219,7 +219,10 @@ class AdafactorStepSpec(Spec):
             f"adafactor {label}",
             make,
             ours,
-            {"torch foreach": partial(peer, True), "torch, a tensor at a time": partial(peer, False)},
+            {
+                "torch foreach": partial(peer, True),
+                "torch, a tensor at a time": partial(peer, False),
+            },
             elements * bytes_each,
             elements * 12,
             check,

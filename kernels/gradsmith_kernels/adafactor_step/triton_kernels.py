@@ -201,9 +201,7 @@ def squares_kernel(
     c = col_tile * TILE_COLS + tl.arange(0, TILE_COLS)
     row_roots = scratch_ptr + tl.load(table + ROW_ROOTS) + matrix * rows
     if FACTORED:
-        above = mean_root(
-            table, scratch_ptr, matrix, tl.load(of_tensor + EPS1), FACTORS, TOTALS
-        )
+        above = mean_root(table, scratch_ptr, matrix, tl.load(of_tensor + EPS1), FACTORS, TOTALS)
         col_roots = scratch_ptr + tl.load(table + COL_ROOTS) + matrix * cols
         of_col = tl.load(col_roots + c, c < cols, other=0.0)
     updates = tl.zeros((ROW_STEP, TILE_COLS), tl.float32)
@@ -297,9 +295,7 @@ def apply_kernel(
     c = col_tile * TILE_COLS + tl.arange(0, TILE_COLS)
     row_roots = scratch_ptr + tl.load(table + ROW_ROOTS) + matrix * rows
     if FACTORED:
-        above = mean_root(
-            table, scratch_ptr, matrix, tl.load(of_tensor + EPS1), FACTORS, TOTALS
-        )
+        above = mean_root(table, scratch_ptr, matrix, tl.load(of_tensor + EPS1), FACTORS, TOTALS)
         col_roots = scratch_ptr + tl.load(table + COL_ROOTS) + matrix * cols
         of_col = tl.load(col_roots + c, c < cols, other=0.0)
     for start in range(0, tl.minimum(rows - row_tile * TILE_ROWS, TILE_ROWS), ROW_STEP):
@@ -326,8 +322,18 @@ def apply_kernel(
 
 
 @dataclass(frozen=True)
+class _Kind:
+    """What is fixed when a kernel is compiled."""
+
+    param: torch.dtype
+    grad: torch.dtype
+    factored: bool
+    aligned: bool  # addresses of 16 bytes, columns in multiples of 16
+
+
+@dataclass(frozen=True)
 class _Launch:
-    """Tensors of the same dtypes, alignment and kind: their numbers, tables, scratch memory."""
+    """Tensors of the same kind: their numbers, tables, scratch memory."""
 
     indices: list[int]
     table: Tensor  # int64 [tensors, WIDTH]
@@ -367,9 +373,10 @@ class Plan:
         made_for = [(g.data_ptr(), g.dtype) for g in used]
         if made_for != self._made_for:
             self._launches, self._made_for = self._make(used), made_for
-        numbers = {t: options.coefficients(t) for t in (s.add_(1).item() for s in self._steps())}
+        counts = [step.add_(1).item() for step in self._tensors.steps]
+        numbers = {t: options.coefficients(t) for t in set(counts)}
         for launch in self._launches:
-            rows = [numbers[self._tensors.steps[i].item()] for i in launch.indices]
+            rows = [numbers[counts[i]] for i in launch.indices]
             table = torch.tensor([[*row, _limit(row[2])] for row in rows], dtype=torch.float32)
             _run(launch, table.to(launch.table.device), scale, zero_grads)
         for original, copy in self._copies:
@@ -379,11 +386,8 @@ class Plan:
                 if g is not copy:
                     g.zero_()
 
-    def _steps(self) -> Sequence[Tensor]:
-        return self._tensors.steps
-
     def _make(self, grads: Sequence[Tensor]) -> list[_Launch]:
-        groups: dict[tuple[Any, ...], list[tuple[int, list[int]]]] = defaultdict(list)
+        groups: dict[_Kind, list[tuple[int, list[int]]]] = defaultdict(list)
         for i, (p, g) in enumerate(zip(self._tensors.params, grads, strict=True)):
             if g.numel() == 0:
                 continue
@@ -391,27 +395,22 @@ class Plan:
             row = [0 if tensor is None else tensor.data_ptr() for tensor in entries]
             row.insert(1, g.data_ptr())
             aligned = all(address % 16 == 0 for address in row) and p.shape[-1:].numel() % 16 == 0
-            groups[p.dtype, g.dtype, p.ndim >= 2, aligned].append((i, row))
-        return [self._launch(*kind, members) for kind, members in groups.items()]
+            groups[_Kind(p.dtype, g.dtype, p.ndim >= 2, aligned)].append((i, row))
+        return [self._launch(kind, members) for kind, members in groups.items()]
 
-    def _launch(
-        self,
-        param: torch.dtype,
-        grad: torch.dtype,
-        factored: bool,
-        aligned: bool,
-        members: list[tuple[int, list[int]]],
-    ) -> _Launch:
+    def _launch(self, kind: _Kind, members: list[tuple[int, list[int]]]) -> _Launch:
         device = self._tensors.params[0].device
         indices = [i for i, _ in members]
         shapes = torch.tensor([matrices_of(self._tensors.params[i].shape) for i in indices])
         matrices, rows, cols = shapes.unbind(1)
-        row_tiles = _blocks(rows, TILE_ROWS if factored else 1)
-        col_tiles = _blocks(cols, TILE_COLS if factored else VECTOR)
+        row_tiles = _blocks(rows, TILE_ROWS if kind.factored else 1)
+        col_tiles = _blocks(cols, TILE_COLS if kind.factored else VECTOR)
         tiles = matrices * row_tiles * col_tiles
-        row_blocks, col_blocks = matrices * _blocks(rows, FACTORS), matrices * _blocks(cols, FACTORS)
-        sizes = [matrices * rows * col_tiles, matrices * cols * row_tiles]
-        sizes = torch.stack([*sizes, matrices * rows, matrices * cols, row_blocks], 1) * factored
+        row_blocks = matrices * _blocks(rows, FACTORS)
+        col_blocks = matrices * _blocks(cols, FACTORS)
+        sums = [matrices * rows * col_tiles, matrices * cols * row_tiles]
+        roots = [matrices * rows, matrices * cols]
+        sizes = torch.stack([*sums, *roots, row_blocks], 1) * kind.factored
         sizes = _blocks(sizes, 4) * 4  # so that each begins on 16 bytes
         ends = sizes.flatten().cumsum(0)
         places = (ends - sizes.flatten()).view_as(sizes)
@@ -427,12 +426,12 @@ class Plan:
             torch.empty(int(ends[-1]), device=device),
             torch.empty(int(tiles.sum()), 2, device=device),
             {
-                "PARAM": TL_DTYPES[param],
-                "GRAD": TL_DTYPES[grad],
+                "PARAM": TL_DTYPES[kind.param],
+                "GRAD": TL_DTYPES[kind.grad],
                 "MASTER": bool(self._tensors.masters),
                 "REMAINDER": bool(self._tensors.compensations),
-                "FACTORED": factored,
-                "ALIGNED": aligned,
+                "FACTORED": kind.factored,
+                "ALIGNED": kind.aligned,
             },
         )
 

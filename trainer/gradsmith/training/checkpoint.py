@@ -279,8 +279,10 @@ def _write_optimizer(engine: DeepSpeedEngine, folder: Path, rank: int, world: in
 
 def _scalars(engine: DeepSpeedEngine) -> dict[str, float]:
     """The optimizer's step count: one value for all parameters."""
-    counts = (state[STEP] for state in engine.basic_optimizer.state.values() if STEP in state)
-    return {STEP: float(count) for count in list(counts)[:1]}
+    for state in engine.basic_optimizer.state.values():
+        if STEP in state:
+            return {STEP: float(state[STEP])}
+    return {}
 
 
 def _write_manifest(folder: Path) -> None:
