@@ -19,7 +19,8 @@ class Adafactor(FusedOptimizer):
     """Adafactor: the second moment of a matrix from the means of its rows and columns (Shazeer and
     Stern 2018, arXiv:1804.04235). Formulas: `gradsmith_kernels.adafactor_step.adafactor_step_`.
 
-    Stands in for `torch.optim.Adafactor`: the same arguments and defaults, parameter groups, and
+    The gradients are passed over three times, small tensors within a core's cache. Stands in for
+    `torch.optim.Adafactor`: the same arguments and defaults, parameter groups, and
     state dicts that load into torch's and back (`step`, `row_var` and `col_var`, or `variance` for
     fewer than two dimensions). The states are float32; so is the arithmetic, whatever the
     parameters' dtype, hence also the eps[0] of None: 2^-23, where torch takes 2^-7 for bfloat16.

@@ -156,6 +156,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _advance(
         self, plan: Any, grads: list[Tensor], group: Mapping[str, Any], scale: float
     ) -> None:
+        """One step of a plan that `_prepare` made."""
         rounding = self.seed if self.stochastic_rounding else None
         plan.step(grads, self._options(group), scale, self.zero_grads, rounding)
 
@@ -322,6 +323,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 state["compensation"] = torch.zeros(p.shape, dtype=torch.bfloat16, device=p.device)
 
     def _init_moments(self, p: Tensor, state: dict[str, Any], group: Mapping[str, Any]) -> None:
+        """Adds the states that are the update rule's own."""
         for i, name in enumerate(self.state_names[: RULES[self._rule(group)].states]):
             dtype = self._state_dtype(p)
             start = 127 if dtype == torch.uint8 and i == 0 else 0  # the code of 0
