@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <array>
 
+#include "adafactor_step/adafactor_step_cpu.h"
 #include "attention/attention_cpu.h"
 #include "common/cpu.h"
 #include "common/parallel.h"
@@ -74,20 +75,9 @@ using StepRow = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t
 
 // What stays the same from one step to the next, kept so that thousands of small tensors do not
 // cost thousands of Python calls a step.
-class StepPlan {
+template <class Tensor>
+class Plan {
  public:
-  explicit StepPlan(const std::vector<StepRow>& rows) {
-    for (const auto& [param, state1, state2, absmax1, absmax2, master, compensation, step, numel,
-                      param_dtype, state_dtype, stream] : rows) {
-      tensors_.push_back({pointer(param), nullptr, pointer(state1), pointer(state2),
-                          pointer<float>(absmax1), pointer<float>(absmax2), pointer<float>(master),
-                          pointer<uint16_t>(compensation), numel, param_dtype, 0, state_dtype, 0,
-                          {}});
-      steps_.push_back(pointer<float>(step));
-      streams_.push_back(stream);
-    }
-  }
-
   void set_grads(const std::vector<uintptr_t>& addresses) {
     check(addresses.size());
     for (size_t i = 0; i < tensors_.size(); ++i) tensors_[i].grad = pointer(addresses[i]);
@@ -114,6 +104,29 @@ class StepPlan {
   // Each tensor's place among the distinct step counts.
   std::vector<int> places() const { return places_; }
 
+ protected:
+  void check(size_t count) const {
+    if (count != tensors_.size()) throw py::value_error("Plan: not as many as tensors");
+  }
+  std::vector<Tensor> tensors_;
+  std::vector<float*> steps_;
+  std::vector<int> places_;
+};
+
+class StepPlan : public Plan<StepTensor> {
+ public:
+  explicit StepPlan(const std::vector<StepRow>& rows) {
+    for (const auto& [param, state1, state2, absmax1, absmax2, master, compensation, step, numel,
+                      param_dtype, state_dtype, stream] : rows) {
+      tensors_.push_back({pointer(param), nullptr, pointer(state1), pointer(state2),
+                          pointer<float>(absmax1), pointer<float>(absmax2), pointer<float>(master),
+                          pointer<uint16_t>(compensation), numel, param_dtype, 0, state_dtype, 0,
+                          {}});
+      steps_.push_back(pointer<float>(step));
+      streams_.push_back(stream);
+    }
+  }
+
   // coefficients: a set of eight with a seed for each distinct step, or for each tensor. Returns
   // the sums of squares of the weights and updates (Lamb's norms only).
   std::vector<std::pair<double, double>> run(
@@ -137,13 +150,46 @@ class StepPlan {
   }
 
  private:
-  void check(size_t count) const {
-    if (count != tensors_.size()) throw py::value_error("StepPlan: not as many as tensors");
-  }
-  std::vector<StepTensor> tensors_;
-  std::vector<float*> steps_;
   std::vector<uint32_t> streams_;
-  std::vector<int> places_;
+};
+
+// param, row_var or variance, col_var or 0, master, compensation, address of the float that counts
+// its steps; matrices, rows, columns; param dtype.
+using FactorRow = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t,
+                             int64_t, int64_t, int64_t, int>;
+
+class AdafactorPlan : public Plan<FactorTensor> {
+ public:
+  explicit AdafactorPlan(const std::vector<FactorRow>& rows) {
+    for (const auto& [param, row_var, col_var, master, compensation, step, matrices, count, cols,
+                      param_dtype] : rows) {
+      FactorTensor t{};
+      t.param = pointer(param);
+      t.row_var = pointer<float>(row_var);
+      t.col_var = pointer<float>(col_var);
+      t.master = pointer<float>(master);
+      t.compensation = pointer<uint16_t>(compensation);
+      t.matrices = matrices;
+      t.rows = count;
+      t.cols = cols;
+      t.param_dtype = param_dtype;
+      tensors_.push_back(t);
+      steps_.push_back(pointer<float>(step));
+    }
+  }
+
+  // coefficients: a set of seven for each distinct step, in the order of FactorTensor.
+  void run(const std::vector<std::array<double, 7>>& coefficients, float scale, bool zero_grad,
+           int threads) {
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      FactorTensor& t = tensors_[i];
+      const auto& c = coefficients.at(size_t(places_[i]));
+      std::tie(t.new_share, t.rate, t.eps1, t.eps2, t.clip, t.decay, t.threshold) =
+          std::tuple_cat(c);
+    }
+    py::gil_scoped_release no_gil;
+    adafactor_step(tensors_, {scale, zero_grad}, threads);
+  }
 };
 
 std::pair<double, int64_t> squared_norm_binding(const std::vector<uintptr_t>& addresses,
@@ -255,4 +301,10 @@ PYBIND11_MODULE(_native, m) {
       .def("places", &StepPlan::places)
       .def("run", &StepPlan::run);
   m.def("squared_norm", squared_norm_binding);
+  py::class_<AdafactorPlan>(m, "AdafactorPlan", "Tensors that Adafactor steps together.")
+      .def(py::init<const std::vector<FactorRow>&>())
+      .def("set_grads", &AdafactorPlan::set_grads)
+      .def("set_grad_dtypes", &AdafactorPlan::set_grad_dtypes)
+      .def("count", &AdafactorPlan::count)
+      .def("run", &AdafactorPlan::run);
 }

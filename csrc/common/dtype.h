@@ -184,9 +184,29 @@ struct F16 {
 // away: but only if all on the way is inlined, else every vector becomes a call of memcpy.
 #define ALWAYS_INLINE __attribute__((always_inline))
 
+#if defined(__AVX512F__)
+// A copy of a count that is not known would be a call, and reading it back as a vector would wait
+// for its stores.
+ALWAYS_INLINE inline Vec load_some(const float* from, int64_t count) {
+  return _mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), from);
+}
+ALWAYS_INLINE inline Half load_some(const uint16_t* from, int64_t count) {
+  return (Half)_mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1), from);
+}
+ALWAYS_INLINE inline void store_some(float* to, Vec v, int64_t count) {
+  _mm512_mask_storeu_ps(to, __mmask16((1u << count) - 1), v);
+}
+ALWAYS_INLINE inline void store_some(uint16_t* to, Half v, int64_t count) {
+  _mm256_mask_storeu_epi16(to, __mmask16((1u << count) - 1), (__m256i)v);
+}
+#endif
+
 template <class D>
 ALWAYS_INLINE inline Vec load(const typename D::T* from, int64_t count = kLanes) {
   typename D::Packed packed{};
+#if defined(__AVX512F__)
+  if (!__builtin_constant_p(count)) return D::widen(load_some(from, count));
+#endif
   memcpy(&packed, from, size_t(count) * sizeof(typename D::T));
   return D::widen(packed);
 }
@@ -194,6 +214,9 @@ ALWAYS_INLINE inline Vec load(const typename D::T* from, int64_t count = kLanes)
 template <class D>
 ALWAYS_INLINE inline void store(typename D::T* to, Vec v, int64_t count = kLanes) {
   const typename D::Packed packed = D::narrow(v);
+#if defined(__AVX512F__)
+  if (!__builtin_constant_p(count)) return store_some(to, packed, count);
+#endif
   memcpy(to, &packed, size_t(count) * sizeof(typename D::T));
 }
 

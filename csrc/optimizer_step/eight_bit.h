@@ -7,7 +7,7 @@
 // float, is the decade, its mantissa the place in it, and neither direction needs a table of 256.
 #pragma once
 
-#include "common/dtype.h"
+#include "common/elements.h"
 
 namespace {
 
@@ -106,8 +106,6 @@ inline Vec to_float(Ints v) {
   return __builtin_convertvector(v, Vec);
 #endif
 }
-
-inline Vec magnitude(Vec v) { return (Vec)((Bits)v & 0x7fffffffu); }
 
 ALWAYS_INLINE inline Ints load_codes(const uint8_t* from, int64_t count) {
   Bytes packed{};

@@ -2,11 +2,11 @@
 // compiled with its flags.
 //
 // A body is instantiated for each rule, with all tensors in float32 and with dtypes that are asked
-// for at each vector: the branches are predicted, and combinations of dtypes need no code of their
-// own. 8-bit states are decoded a block at a time into a buffer of floats in the L1 cache.
+// for at each vector (common/elements.h). 8-bit states are decoded a block at a time into a buffer
+// of floats in the L1 cache.
 #pragma once
 
-#include "common/dtype.h"
+#include "common/elements.h"
 #include "optimizer_step/eight_bit.h"
 #include "optimizer_step/optimizer_step.h"
 
@@ -39,20 +39,6 @@ inline Vec round_randomly(Vec v, Bits random) {
   const Bits u = (Bits)v;
   const Bits finite = (u & 0x7f800000u) != 0x7f800000u;
   return (Vec)((u + (random & finite)) & (0xffff0000u | ~finite));
-}
-
-// ------------------------------------------------------------------------- dtypes at run time
-
-ALWAYS_INLINE inline Vec load_any(const void* from, int dtype, int64_t j, int64_t n) {
-  if (dtype == kFloat32) return load<F32>(static_cast<const float*>(from) + j, n);
-  if (dtype == kBFloat16) return load<BF16>(static_cast<const uint16_t*>(from) + j, n);
-  return load<F16>(static_cast<const uint16_t*>(from) + j, n);
-}
-
-ALWAYS_INLINE inline void store_any(void* to, int dtype, int64_t j, Vec v, int64_t n) {
-  if (dtype == kFloat32) return store<F32>(static_cast<float*>(to) + j, v, n);
-  if (dtype == kBFloat16) return store<BF16>(static_cast<uint16_t*>(to) + j, v, n);
-  store<F16>(static_cast<uint16_t*>(to) + j, v, n);
 }
 
 // ------------------------------------------------------------------------------------- rules
@@ -170,12 +156,6 @@ inline float maximum(Vec v) {
   return most;
 }
 
-ALWAYS_INLINE inline Vec shrink(Vec x, Vec threshold) {
-  const Vec size = magnitude(x) - threshold;
-  const Vec left = size > 0.0f ? size : splat(0.0f);
-  return (Vec)((Bits)left | ((Bits)x & 0x80000000u));
-}
-
 // ------------------------------------------------------------------------------------- sums
 
 // Sums of squares in a fixed order: kWide lanes of floats over at most kStretch elements, then
@@ -238,14 +218,6 @@ double squared_sum(const void* from, int dtype, int64_t count) {
 }
 
 // ------------------------------------------------------------------------------------- sweep
-
-// f(first, count) for each vector of `size` elements. In a whole one the count is a constant.
-template <class F>
-ALWAYS_INLINE inline void each_vector(int64_t size, F&& f) {
-  int64_t at = 0;
-  for (; at + kLanes <= size; at += kLanes) f(at, kLanes);
-  if (at < size) f(at, size - at);
-}
 
 template <bool kSigned>
 inline void decode_block(const uint8_t* codes, float scale, int64_t size, float* values) {

@@ -109,3 +109,19 @@ class StepPlan:
 def squared_norm(
     addresses: Sequence[int], numels: Sequence[int], dtypes: Sequence[int], threads: int, /
 ) -> tuple[float, int]: ...
+
+class AdafactorPlan:
+    def __init__(
+        self, rows: Sequence[tuple[int, int, int, int, int, int, int, int, int, int]], /
+    ) -> None: ...
+    def set_grads(self, addresses: Sequence[int], /) -> None: ...
+    def set_grad_dtypes(self, dtypes: Sequence[int], /) -> None: ...
+    def count(self) -> list[float]: ...
+    def run(
+        self,
+        coefficients: Sequence[tuple[float, float, float, float, float, float, float]],
+        scale: float,
+        zero_grad: bool,
+        threads: int,
+        /,
+    ) -> None: ...

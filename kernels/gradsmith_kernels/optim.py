@@ -1,7 +1,8 @@
 """Optimizers on gradsmith's kernels, with the names, groups and state dicts of torch.optim.
 
-Formulas and sources: `gradsmith_kernels.optimizer_step.rules`. What all of them take besides
-(`max_grad_norm`, `weights`, `state_dtype`, ...): `FusedOptimizer`.
+Formulas and sources: `gradsmith_kernels.optimizer_step.rules`; of Adafactor,
+`gradsmith_kernels.adafactor_step`. What all of them take besides (`max_grad_norm`, `weights`,
+`state_dtype`, ...): `FusedOptimizer`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from gradsmith_kernels.optim_adafactor import Adafactor
 from gradsmith_kernels.optim_base import FusedOptimizer, check_ranges
 from gradsmith_kernels.optimizer_step.quantize import decode, dynamic_map, encode
 from gradsmith_kernels.optimizer_step.tensors import STATE_BLOCK
@@ -21,6 +23,7 @@ __all__ = [
     "LAMB",
     "SGD",
     "STATE_BLOCK",
+    "Adafactor",
     "Adagrad",
     "Adam",
     "AdamW",

@@ -7,6 +7,7 @@ import operator
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any, ClassVar, overload
 
@@ -30,11 +31,10 @@ class _Batch:
 
     group: int
     indices: list[int]  # among all parameters of the optimizer
-    tensors: Tensors
+    check: Callable[[Sequence[Tensor]], None]  # of gradients that are not the last ones
     plan: Any
-    module: Any
+    norm: Callable[[Sequence[Tensor]], tuple[float, int]]
     grads: list[Tensor]  # as they were last checked
-    rule: str
 
 
 @dataclass
@@ -149,12 +149,17 @@ class FusedOptimizer(torch.optim.Optimizer):
             if self.zero_grads:
                 self.zero_grad(set_to_none=False)
             return loss
-        rounding = self.seed if self.stochastic_rounding else None
         for batch in batches:
-            group = self.param_groups[batch.group]
-            batch.plan.step(batch.grads, self._options(group), scale, self.zero_grads, rounding)
+            self._advance(batch.plan, batch.grads, self.param_groups[batch.group], scale)
         self._after_step()
         return loss
+
+    def _advance(
+        self, plan: Any, grads: list[Tensor], group: Mapping[str, Any], scale: float
+    ) -> None:
+        """One step of a plan that `_prepare` made."""
+        rounding = self.seed if self.stochastic_rounding else None
+        plan.step(grads, self._options(group), scale, self.zero_grads, rounding)
 
     def _after_step(self) -> None:
         """What is left to do after a step that was not skipped."""
@@ -171,7 +176,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             return scale
         squares, bad = 0.0, None
         for batch in batches:
-            part, index = batch.module.squared_norm(batch.grads)
+            part, index = batch.norm(batch.grads)
             squares += part
             if bad is None and index >= 0:
                 bad = batch.indices[index]
@@ -214,7 +219,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for batch in cache.batches:
             now = [grads[i] for i in batch.indices]
             if not all(map(operator.is_, now, batch.grads)):
-                check(RULES[batch.rule], batch.tensors, now)
+                batch.check(now)
                 batch.grads = now
         return cache.batches
 
@@ -267,29 +272,37 @@ class FusedOptimizer(torch.optim.Optimizer):
         self, number: int, indices: list[int], params: list[Tensor], grads: list[Tensor | None]
     ) -> _Batch:
         chosen = [params[i] for i in indices]
+        group, device, dtype = self.param_groups[number], chosen[0].device, chosen[0].dtype
         states = [self.state[p] for p in chosen]
-
-        def column(name: str) -> list[Tensor]:
-            return [state[name] for state in states] if name in states[0] else []
-
-        rule = self._rule(self.param_groups[number])
-        names = (*self.state_names[: RULES[rule].states], "", "")  # of no column
-        tensors = Tensors(
-            chosen,
-            column(names[0]),
-            column(names[1]),
-            column("absmax1"),
-            column("absmax2"),
-            column("master"),
-            column("compensation"),
-            column("step"),
-            indices,
-        )
-        module = OP.choose(self._backend, chosen[0].device, chosen[0].dtype)
+        check_grads, make_plan = self._prepare(group, chosen, states, indices)
         found = [g for i in indices if (g := grads[i]) is not None]
-        check(RULES[rule], tensors, found)
-        plan = module.Plan(RULES[rule], tensors)
-        return _Batch(number, indices, tensors, plan, module, found, rule)
+        check_grads(found)
+        norm = OP.choose(self._backend, device, dtype).squared_norm
+        return _Batch(number, indices, check_grads, make_plan(), norm, found)
+
+    def _prepare(
+        self,
+        group: Mapping[str, Any],
+        params: list[Tensor],
+        states: list[dict[str, Any]],
+        streams: list[int],
+    ) -> tuple[Callable[[Sequence[Tensor]], None], Callable[[], Any]]:
+        """A check of gradients for these parameters, and what makes the plan of their steps."""
+        rule = RULES[self._rule(group)]
+        names = (*self.state_names[: rule.states], "", "")  # of no column
+        tensors = Tensors(
+            params,
+            column(states, names[0]),
+            column(states, names[1]),
+            column(states, "absmax1"),
+            column(states, "absmax2"),
+            column(states, "master"),
+            column(states, "compensation"),
+            column(states, "step"),
+            streams,
+        )
+        module = OP.choose(self._backend, params[0].device, params[0].dtype)
+        return partial(check, rule, tensors), lambda: module.Plan(rule, tensors)
 
     def _check_parameter(self, p: Tensor) -> None:
         assert p.grad is not None
@@ -305,6 +318,15 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _init_state(self, p: Tensor, state: dict[str, Any], group: Mapping[str, Any]) -> None:
         state["step"] = torch.zeros((), dtype=torch.float32)
+        self._init_moments(p, state, group)
+        if p.dtype in _SIXTEEN_BIT:
+            if self.weights == "master":
+                state["master"] = p.detach().to(torch.float32, copy=True)
+            elif self.weights == "kahan":
+                state["compensation"] = torch.zeros(p.shape, dtype=torch.bfloat16, device=p.device)
+
+    def _init_moments(self, p: Tensor, state: dict[str, Any], group: Mapping[str, Any]) -> None:
+        """Adds the states that are the update rule's own."""
         for i, name in enumerate(self.state_names[: RULES[self._rule(group)].states]):
             dtype = self._state_dtype(p)
             start = 127 if dtype == torch.uint8 and i == 0 else 0  # the code of 0
@@ -312,11 +334,6 @@ class FusedOptimizer(torch.optim.Optimizer):
             if dtype == torch.uint8:
                 blocks = -(-p.numel() // STATE_BLOCK)
                 state[f"absmax{i + 1}"] = torch.zeros(blocks, device=p.device)
-        if p.dtype in _SIXTEEN_BIT:
-            if self.weights == "master":
-                state["master"] = p.detach().to(torch.float32, copy=True)
-            elif self.weights == "kahan":
-                state["compensation"] = torch.zeros(p.shape, dtype=torch.bfloat16, device=p.device)
 
     def reset(self) -> None:
         """Forgets all steps that were made; the parameters stay as they are."""
@@ -379,6 +396,11 @@ class FusedOptimizer(torch.optim.Optimizer):
 
 def _same(one: Sequence[Any], other: Sequence[Any]) -> bool:
     return len(one) == len(other) and all(map(operator.is_, one, other))
+
+
+def column(states: Sequence[Mapping[str, Any]], name: str) -> list[Tensor]:
+    """One state of every parameter; empty where they have none of this name."""
+    return [state[name] for state in states] if name in states[0] else []
 
 
 def check_ranges(

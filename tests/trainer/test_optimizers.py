@@ -12,7 +12,7 @@ import torch
 from conftest import losses, tiny_tree, train_in_process
 
 from gradsmith.errors import UserError
-from gradsmith.recipe import Optimizer, Recipe, Training, parse_recipe
+from gradsmith.recipe import OF_WHOLE_TENSORS, Optimizer, Recipe, Training, parse_recipe
 from gradsmith.run import Run
 from gradsmith.training import checkpoint, loop
 from gradsmith.training import engine as engines
@@ -20,7 +20,7 @@ from gradsmith.training import engine as engines
 Tiny = Callable[..., Recipe]
 RATES = {
     "adamw": 3e-3, "adam": 3e-3, "adamw8bit": 3e-3, "lion": 1e-3, "sgd": 0.3, "adagrad": 0.03,
-    "lamb": 5e-2, "schedule_free": 1e-2,
+    "lamb": 5e-2, "schedule_free": 1e-2, "adafactor": 0.1,
 }  # fmt: skip
 
 
@@ -34,6 +34,8 @@ RATES = {
         ({"name": "sgd", "momentum": 0.0, "nesterov": True}, "nesterov needs a momentum above 0"),
         ({"name": "adamv"}, "Did you mean"),
         ({"name": "lamb"}, "needs zero.stage 0: its trust ratios are of whole tensors"),
+        ({"name": "adafactor"}, "needs zero.stage 0: its row and column means are of whole"),
+        ({"name": "adafactor", "eps": 1e-8}, "eps does not go with adafactor"),
         ({"name": "lamb", "l1": 0.1}, "l1 does not go with lamb"),
         ({"name": "schedule_free"}, "schedule.name must be constant; it is cosine"),
     ],
@@ -50,7 +52,7 @@ def test_defaults_follow_the_name_and_read_back(name: str) -> None:
     settings = Optimizer(name=name)
     assert settings.lr > 0
     assert Optimizer.model_validate(settings.model_dump()) == settings
-    assert (settings.betas is None) == (name in ("sgd", "adagrad"))
+    assert (settings.betas is None) == (name in ("sgd", "adagrad", "adafactor"))
     assert (settings.rounding == "stochastic") == (name == "adamw8bit")
 
 
@@ -64,7 +66,7 @@ def settings_for(name: str, stage: int, **more: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", RATES)
 def test_the_loss_falls(tiny: Tiny, name: str) -> None:
-    stage = 0 if name == "lamb" else 1
+    stage = 0 if name in OF_WHOLE_TENSORS else 1
     recipe = tiny("run", **settings_for(name, stage), **{"training.steps": 15})
     loop.train(recipe)
     assert losses(recipe)[-1] < losses(recipe)[0] - 0.2
@@ -82,6 +84,7 @@ CASES: list[tuple[str, int, str, dict[str, Any]]] = [
     ("lamb", 0, "none", {}),
     ("schedule_free", 0, "none", {}),
     ("schedule_free", 2, "optimizer", {"l1": 1e-4}),
+    ("adafactor", 0, "none", {"l1": 1e-3}),
 ]
 
 

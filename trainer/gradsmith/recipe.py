@@ -167,14 +167,25 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adagrad": {"lr": 1e-2, "weight_decay": 0.0, "eps": 1e-10, "states": "fp32"},
     "lamb": {"lr": 2e-3, "weight_decay": 0.1, "betas": [0.9, 0.95], "eps": 1e-6},
     "schedule_free": {"lr": 1e-3, "weight_decay": 0.1, **_ADAM},
+    "adafactor": {"lr": 1e-2, "weight_decay": 0.0},
 }
+# What is of whole tensors, which ZeRO cuts up: optimizers that need stage 0.
+OF_WHOLE_TENSORS = {"lamb": "trust ratios", "adafactor": "row and column means"}
 
 
 class Optimizer(Node):
     """One of gradsmith_kernels.optim. Values that are left out are the optimizer's own."""
 
     name: Literal[
-        "adamw", "adam", "adamw8bit", "lion", "sgd", "adagrad", "lamb", "schedule_free"
+        "adamw",
+        "adam",
+        "adamw8bit",
+        "lion",
+        "sgd",
+        "adagrad",
+        "lamb",
+        "schedule_free",
+        "adafactor",
     ] = "adamw"
     lr: PositiveFloat = Field(3e-4, validate_default=True)
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
@@ -277,10 +288,11 @@ class Training(Node):
                 "give exactly one of steps, tokens, epochs and minutes; found "
                 + (", ".join(f"{k}: {v}" for k, v in lengths.items()) or "none")
             )
-        if self.optimizer.name == "lamb" and self.zero.stage > 0:
+        whole = OF_WHOLE_TENSORS.get(self.optimizer.name)
+        if whole and self.zero.stage > 0:
             raise ValueError(
-                "optimizer lamb needs zero.stage 0: its trust ratios are of whole tensors, and "
-                f"stage {self.zero.stage} steps flat stretches of many tensors"
+                f"optimizer {self.optimizer.name} needs zero.stage 0: its {whole} are of whole "
+                f"tensors, and stage {self.zero.stage} steps flat stretches of many tensors"
             )
         if self.optimizer.name == "schedule_free":
             if self.schedule.name != "constant":

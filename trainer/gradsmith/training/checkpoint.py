@@ -5,7 +5,7 @@ step-000100/
   model/                              what transformers or peft would write, with the tokenizer
   optimizer-00000-of-00002.safetensors  rank 0's pieces: float32 weights and optimizer states
   optimizer-00000-of-00002.json         which piece of which parameter is where, and the hash
-  state.json                          step, tokens, seconds, the optimizer's scalars
+  state.json                          step, tokens, seconds, the optimizer's step count
   manifest.json                       size and SHA-256 of every file above
 ```
 
@@ -43,6 +43,7 @@ STATE_BLOCK = (
     256  # elements of an 8-bit state that share a scale; as gradsmith_kernels.optim has it
 )
 EIGHT_BIT = {"absmax1": ("state1", True), "absmax2": ("state2", False)}  # scales: codes, signed
+STEP = "step"  # the state that is one number for all parameters
 MASTER = "float32"  # the float32 weights' key beside the optimizer's own: exp_avg, exp_avg_sq
 
 
@@ -110,15 +111,26 @@ def pieces(engine: DeepSpeedEngine) -> Iterator[Piece]:
                 yield Piece(name, start, length, owner, offset)
 
 
-def _states(engine: DeepSpeedEngine, owner: torch.Tensor) -> dict[str, torch.Tensor]:
+def _states(state: dict[str, Any], owner: torch.Tensor) -> dict[str, torch.Tensor]:
     """The owner's tensor states: those with an entry for each of its elements."""
-    state = engine.basic_optimizer.state.get(owner, {})
-    return {k: v for k, v in state.items() if torch.is_tensor(v) and v.numel() == owner.numel() > 1}
+    return {key: value for key, value in _tensors(state) if value.shape == owner.shape}
 
 
-def _scales(engine: DeepSpeedEngine, piece: Piece) -> dict[str, torch.Tensor]:
+def _factors(state: dict[str, Any], owner: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Tensor states of another shape than their owner, which is then a whole parameter."""
+    return {
+        key: value
+        for key, value in _tensors(state)
+        if value.shape != owner.shape and key not in EIGHT_BIT
+    }
+
+
+def _tensors(state: dict[str, Any]) -> list[tuple[str, torch.Tensor]]:
+    return [(k, v) for k, v in state.items() if torch.is_tensor(v) and k != STEP]
+
+
+def _scales(state: dict[str, Any], piece: Piece) -> dict[str, torch.Tensor]:
     """The scales of the blocks that a piece of an 8-bit state lies in."""
-    state = engine.basic_optimizer.state.get(piece.owner, {})
     return {key: piece.blocks(state[key]) for key in EIGHT_BIT if key in state}
 
 
@@ -249,7 +261,8 @@ def _write_optimizer(engine: DeepSpeedEngine, folder: Path, rank: int, world: in
 
     tensors, index = {}, {}
     for piece in pieces(engine):
-        sources = {MASTER: piece.owner, **_states(engine, piece.owner)}
+        state = engine.basic_optimizer.state.get(piece.owner, {})
+        sources = {MASTER: piece.owner, **_states(state, piece.owner)}
         index[piece.name] = {
             "start": piece.start,
             "length": piece.length,
@@ -257,8 +270,8 @@ def _write_optimizer(engine: DeepSpeedEngine, folder: Path, rank: int, world: in
         }
         for key, source in sources.items():
             tensors[f"{piece.name}:{key}"] = piece.of(source).cpu().clone()
-        for key, scales in _scales(engine, piece).items():
-            tensors[f"{piece.name}:{key}"] = scales.cpu().clone()
+        for key, whole in {**_scales(state, piece), **_factors(state, piece.owner)}.items():
+            tensors[f"{piece.name}:{key}"] = whole.cpu().clone()
     path = folder / f"optimizer-{rank:05}-of-{world:05}.safetensors"
     save_file(tensors, path)
     _fsync(path)
@@ -267,13 +280,11 @@ def _write_optimizer(engine: DeepSpeedEngine, folder: Path, rank: int, world: in
 
 
 def _scalars(engine: DeepSpeedEngine) -> dict[str, float]:
-    """The optimizer's step count and its like: one value for all parameters."""
-    scalars: dict[str, float] = {}
+    """The optimizer's step count: one value for all parameters."""
     for state in engine.basic_optimizer.state.values():
-        for key, value in state.items():
-            if not torch.is_tensor(value) or value.numel() == 1:
-                scalars.setdefault(key, float(value))
-    return scalars
+        if STEP in state:
+            return {STEP: float(state[STEP])}
+    return {}
 
 
 def _write_manifest(folder: Path) -> None:
@@ -390,7 +401,7 @@ def load_optimizer(engine: DeepSpeedEngine, checkpoint: Path) -> dict[str, Any]:
     for piece in mine:
         state = optimizer.state[piece.owner]
         codes = {code: scale for scale, (code, _) in EIGHT_BIT.items() if scale in state}
-        targets = {MASTER: piece.owner, **_states(engine, piece.owner)}
+        targets = {MASTER: piece.owner, **_states(state, piece.owner)}
         if codes and not as_they_were:
             _, values = spread.setdefault(
                 id(piece.owner),
@@ -410,6 +421,8 @@ def load_optimizer(engine: DeepSpeedEngine, checkpoint: Path) -> dict[str, Any]:
                 if exact:
                     scales = entry.file.get_tensor(f"{entry.name}:{codes[key]}")
                     piece.blocks(state[codes[key]]).copy_(scales)
+            for key, factor in _factors(state, piece.owner).items():
+                factor.copy_(entry.file.get_tensor(f"{entry.name}:{key}"))
             filled += high - low
         if filled != piece.length:
             raise RunError(

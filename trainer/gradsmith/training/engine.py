@@ -157,6 +157,7 @@ def build_optimizer(recipe: Recipe, groups: list[dict[str, Any]]) -> Any:
         "adagrad": optim.Adagrad,
         "lamb": optim.LAMB,
         "schedule_free": optim.ScheduleFreeAdamW,
+        "adafactor": optim.Adafactor,
     }[settings.name]
     names = ("betas", "eps", "momentum", "nesterov")
     options = {name: value for name in names if (value := getattr(settings, name)) is not None}
@@ -235,6 +236,12 @@ def publish_weights(engine: DeepSpeedEngine) -> None:
         for group, masters in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
             for weight, master in zip(group, masters, strict=True):
                 weight.data.copy_(master.data)
+
+
+def optimizer_op(recipe: Recipe) -> str:
+    """The kernel library's op that steps the weights."""
+    adafactor = recipe.training.optimizer.name == "adafactor"
+    return "adafactor_step" if adafactor else "optimizer_step"
 
 
 def optimizer_device(recipe: Recipe) -> str:

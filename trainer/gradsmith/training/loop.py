@@ -302,7 +302,8 @@ def _kernels(recipe: Recipe, model: torch.nn.Module) -> dict[str, Any]:
     from gradsmith_kernels.backends import chosen
 
     where = engines.optimizer_device(recipe)
-    backends = {"optimizer_step": chosen("optimizer_step", where)}
+    op = engines.optimizer_op(recipe)
+    backends = {op: chosen(op, where)}
     if not recipe.model.kernels:
         return {"backends": backends}
     report = accelerate(model)
