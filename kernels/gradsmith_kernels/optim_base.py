@@ -111,6 +111,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         """The rule's options for this step."""
         raise NotImplementedError
 
+    def _state_names(self, group: Mapping[str, Any]) -> tuple[str, ...]:
+        """The names of the rule's states."""
+        return self.state_names[: RULES[self._rule(group)].states]
+
+    def _plan(self, module: Any, group: Mapping[str, Any], tensors: Tensors) -> Any:
+        """What makes the steps of a batch."""
+        return module.Plan(RULES[self._rule(group)], tensors)
+
     def _check_group(self, group: Mapping[str, Any]) -> None:
         """Raises ValueError for an option outside its range."""
         raise NotImplementedError
@@ -269,8 +277,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         def column(name: str) -> list[Tensor]:
             return [state[name] for state in states] if name in states[0] else []
 
-        rule = self._rule(self.param_groups[number])
-        names = (*self.state_names[: RULES[rule].states], "", "")  # of no column
+        group = self.param_groups[number]
+        rule = self._rule(group)
+        names = (*self._state_names(group), "", "")  # of no column
         tensors = Tensors(
             chosen,
             column(names[0]),
@@ -285,7 +294,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         module = OP.choose(self._backend, chosen[0].device, chosen[0].dtype)
         found = [g for i in indices if (g := grads[i]) is not None]
         check(RULES[rule], tensors, found)
-        plan = module.Plan(RULES[rule], tensors)
+        plan = self._plan(module, group, tensors)
         return _Batch(number, indices, tensors, plan, module, found, rule)
 
     def _check_parameter(self, p: Tensor) -> None:
@@ -302,7 +311,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _init_state(self, p: Tensor, state: dict[str, Any], group: Mapping[str, Any]) -> None:
         state["step"] = torch.zeros((), dtype=torch.float32)
-        for i, name in enumerate(self.state_names[: RULES[self._rule(group)].states]):
+        for i, name in enumerate(self._state_names(group)):
             dtype = self._state_dtype(p)
             start = 127 if dtype == torch.uint8 and i == 0 else 0  # the code of 0
             state[name] = torch.full(p.shape, start, dtype=dtype, device=p.device)

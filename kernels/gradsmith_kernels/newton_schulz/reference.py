@@ -11,7 +11,7 @@ from torch import Tensor
 def newton_schulz(x: Tensor, steps: int, coefficients: Sequence[float], eps: float) -> Tensor:
     a, b, c = coefficients
     tall = x.shape[-2] > x.shape[-1]
-    y = (x.mT if tall else x).to(torch.promote_types(x.dtype, torch.float32))
+    y: Tensor = (x.mT if tall else x).to(torch.promote_types(x.dtype, torch.float32))
     y = y / torch.linalg.matrix_norm(y, keepdim=True).clamp(min=eps)
     for _ in range(steps):
         gram = y @ y.mT

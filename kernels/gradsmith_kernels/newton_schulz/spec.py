@@ -64,7 +64,7 @@ def published(x: Tensor) -> Tensor:
     """Keller Jordan's function, in x's dtype (there it is always bfloat16)."""
     a, b, c = COEFFICIENTS
     tall = x.size(-2) > x.size(-1)
-    y = x.mT if tall else x
+    y: Tensor = x.mT if tall else x
     y = y / y.norm(dim=(-2, -1), keepdim=True).clamp(min=EPS)
     for _ in range(STEPS):
         gram = y @ y.mT

@@ -74,6 +74,10 @@ class Plan:
 
 def update(rule: str, o: Options, t: float, x: Tensor, g: Tensor, states: list[Tensor]) -> Tensor:
     """The new x; x and the states are changed in place. Formulas: rules.py."""
+    if rule == "direction":
+        (m,) = states
+        m.add_(g - m, alpha=1 - o["momentum"])
+        return x.copy_(g.add(m - g, alpha=o["momentum"]) if o["nesterov"] else m)
     lr, decay = o["lr"], o["weight_decay"]
     if rule in ("schedule_free", "lamb"):
         first, v = states
