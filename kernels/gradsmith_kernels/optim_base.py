@@ -150,8 +150,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        batches = self._batches()
-        scale = self._scale(batches)
+        found_inf = getattr(self, "found_inf", None)
+        batches: list[_Batch] = []
+        scale = None
+        if found_inf is None or not float(found_inf):
+            batches = self._batches()
+            scale = self._scale(batches)
         if scale is None:
             if self.zero_grads:
                 self.zero_grad(set_to_none=False)
@@ -169,11 +173,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _scale(self, batches: Sequence[_Batch]) -> float | None:
         """What the gradients are multiplied with; None if the step is to be skipped."""
         scale = 1.0
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        grad_scale = getattr(self, "grad_scale", None)
         if grad_scale is not None:
             scale = 1 / float(grad_scale)
-        if found_inf is not None and float(found_inf):
-            return None
         if self.max_grad_norm is None:
             return scale
         squares, bad = 0.0, None

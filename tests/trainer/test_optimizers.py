@@ -18,7 +18,7 @@ from gradsmith.training import engine as engines
 Tiny = Callable[..., Recipe]
 RATES = {
     "adamw": 3e-3, "adam": 3e-3, "adamw8bit": 3e-3, "lion": 1e-3, "sgd": 0.3, "adagrad": 0.03,
-    "lamb": 5e-2,
+    "lamb": 5e-2, "muon": 1e-2,
 }  # fmt: skip
 
 
@@ -32,6 +32,7 @@ RATES = {
         ({"name": "sgd", "momentum": 0.0, "nesterov": True}, "nesterov needs a momentum above 0"),
         ({"name": "adamv"}, "Did you mean"),
         ({"name": "lamb"}, "needs zero.stage 0: its trust ratios are of whole tensors"),
+        ({"name": "adamw", "adamw_lr": 0.1}, "adamw_lr does not go with adamw"),
         ({"name": "lamb", "l1": 0.1}, "l1 does not go with lamb"),
     ],
 )
@@ -77,6 +78,10 @@ CASES: list[tuple[str, int, str, dict[str, Any]]] = [
     ("sgd", 3, "none", {"nesterov": True}),
     ("adagrad", 1, "none", {}),
     ("lamb", 0, "none", {}),
+    ("muon", 0, "none", {"states": "bf16"}),
+    ("muon", 1, "none", {}),
+    ("muon", 2, "optimizer", {"adamw_lr": 3e-3}),
+    ("muon", 3, "none", {"adjust_lr_fn": "original"}),
 ]
 
 

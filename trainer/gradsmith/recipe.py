@@ -166,13 +166,16 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {"lr": 0.1, "weight_decay": 0.0, "momentum": 0.9, "nesterov": False, "states": "fp32"},
     "adagrad": {"lr": 1e-2, "weight_decay": 0.0, "eps": 1e-10, "states": "fp32"},
     "lamb": {"lr": 2e-3, "weight_decay": 0.1, "betas": [0.9, 0.95], "eps": 1e-6},
-}
+    # betas and eps are those of what AdamW steps.
+    "muon": {"lr": 3e-4, "weight_decay": 0.1, "momentum": 0.95, "nesterov": True, **_ADAM,
+             "adamw_lr": None, "adjust_lr_fn": "match_rms_adamw", "states": "fp32"},
+}  # fmt: skip
 
 
 class Optimizer(Node):
     """One of gradsmith_kernels.optim. Values that are left out are the optimizer's own."""
 
-    name: Literal["adamw", "adam", "adamw8bit", "lion", "sgd", "adagrad", "lamb"] = "adamw"
+    name: Literal["adamw", "adam", "adamw8bit", "lion", "sgd", "adagrad", "lamb", "muon"] = "adamw"
     lr: PositiveFloat = Field(3e-4, validate_default=True)
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
     l1: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
@@ -182,6 +185,12 @@ class Optimizer(Node):
     eps: PositiveFloat | None = None
     momentum: Fraction | None = None
     nesterov: bool | None = None
+    adamw_lr: PositiveFloat | None = Field(
+        None, description="muon: peak rate of what AdamW steps; default lr"
+    )
+    adjust_lr_fn: Literal["original", "match_rms_adamw"] | None = Field(
+        None, description="muon: how a matrix's rate follows its shape"
+    )
     states: Literal["fp32", "bf16"] | None = Field(
         None, description="what the states are kept in; bf16 is rounded randomly"
     )
