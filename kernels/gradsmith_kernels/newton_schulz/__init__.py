@@ -44,7 +44,8 @@ def newton_schulz(
 
     Of the symmetric products only one half is computed. On the CPU bfloat16 matrices that are much
     wider than high (or the other way round) are iterated as Gram matrices in float32: less work
-    than the published loop, and a fraction of its error.
+    than the published loop, and a fraction of its error. The products themselves are torch's: the
+    same inputs give the same bits on the same machine with the same number of threads.
 
     Raises:
         ValueError: x is no matrix, or steps, coefficients or eps are outside of their range.
