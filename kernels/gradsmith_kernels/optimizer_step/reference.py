@@ -77,7 +77,8 @@ def update(rule: str, o: Options, t: float, x: Tensor, g: Tensor, states: list[T
     if rule == "direction":
         (m,) = states
         m.add_(g - m, alpha=1 - o["momentum"])
-        return x.copy_(g.add(m - g, alpha=o["momentum"]) if o["nesterov"] else m)
+        of_m = o["momentum"] if o["nesterov"] else 1.0
+        return x.copy_(g.mul(1 - of_m).add_(m, alpha=of_m))
     lr, decay = o["lr"], o["weight_decay"]
     if rule in ("schedule_free", "lamb"):
         first, v = states

@@ -14,7 +14,8 @@ and its states, at step t = 1, 2, ...:
                    x += average (z - x) - lr (1 - beta1 (1 - average)) d;  z -= lr * d
     lamb           m, v as adam;  d = m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) + wd * x
                    x -= lr * |x| / |d| * d   (norms of the whole tensor; 1 where one of them is 0)
-    direction      m += (1 - momentum) (g - m);  x = g + momentum (m - g) if nesterov else m
+    direction      m += (1 - momentum) (g - m)
+                   x = (1 - momentum) * g + momentum * m if nesterov else m
                    (Muon's first sweep: x is overwritten with what is then orthogonalised)
 
 Decay: decoupled, x is first multiplied by 1 - lr * weight_decay; else g grows by weight_decay * x
@@ -94,7 +95,7 @@ def _momentum(o: Options, t: float) -> tuple[float, ...]:
 def _direction(o: Options, t: float) -> tuple[float, ...]:
     new = 1 - o["momentum"]
     of_g, of_m = (new, o["momentum"]) if o["nesterov"] else (0.0, 1.0)
-    return (o["momentum"], new, of_g, 1.0, -1.0, of_m)  # decays x to 0 and steps by -1
+    return (new, 0.0, of_g, 0.0, 0.0, of_m)
 
 
 def _adagrad(o: Options, t: float) -> tuple[float, ...]:
@@ -129,7 +130,7 @@ RULES = {
             _schedule_free,
         ),
         Rule("lamb", 6, 2, ("lr", "weight_decay", "beta1", "beta2", "eps"), _lamb),
-        Rule("direction", 3, 1, ("momentum", "nesterov"), _direction),  # momentum's kernel
+        Rule("direction", 8, 1, ("momentum", "nesterov"), _direction),
     )
 }
 LAMB_APPLY = 7  # code of lamb's second sweep
