@@ -94,7 +94,7 @@ def test_it_works_without_triton():
     lines = run(code).splitlines()
     assert float(lines[0]) == pytest.approx(8)
     assert "triton cannot be imported" in lines[1]
-    assert lines[2] == "3"
+    assert lines[2] == "4"
 
 
 def test_bfloat16_is_refused_in_tritons_interpreter():
