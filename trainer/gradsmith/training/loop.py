@@ -299,7 +299,11 @@ def _kernels(recipe: Recipe, model: torch.nn.Module) -> dict[str, Any]:
     from gradsmith_kernels.backends import chosen
 
     where = engines.optimizer_device(recipe)
-    backends = {"optimizer_step": chosen("optimizer_step", where)}
+    ops = ["optimizer_step"]
+    ops += ["newton_schulz"] if recipe.training.optimizer.name == "muon" else []
+    # Under ZeRO the matrices are orthogonalised on the ranks' devices, also with offload.
+    places = {"optimizer_step": where, "newton_schulz": engines.device().type}
+    backends = {op: chosen(op, places[op]) for op in ops}
     if not recipe.model.kernels:
         return {"backends": backends}
     report = accelerate(model)
