@@ -15,7 +15,8 @@ enum Rule : int {
   kScheduleFree = 5,
   kLambNorms = 6,  // moments, and the sums that the trust ratio is made of
   kLambApply = 7,
-  kRules = 8
+  kDirection = 8,
+  kRules = 9
 };
 
 constexpr int kUInt8 = 3;           // a state's dtype beside those of common/dtype.h

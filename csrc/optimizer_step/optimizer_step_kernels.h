@@ -94,6 +94,15 @@ struct Momentum {
   }
 };
 
+// c: 1 - momentum, -, weight of g, -, -, weight of the momentum
+struct Direction {
+  static constexpr int kStates = 1;
+  ALWAYS_INLINE static void update(const Coefficients& c, Vec& x, Vec g, Vec& m, Vec&) {
+    m = fma(g - m, c.c0, m);
+    x = fma(c.c5, m, c.c2 * g);
+  }
+};
+
 // c: -, -, eps, decoupled decay, learning rate
 struct Adagrad {
   static constexpr int kStates = 1;
@@ -356,7 +365,7 @@ void step(const StepTensor& t, const StepOptions& a, int64_t begin, int64_t end,
 
 constexpr StepKernels kStepKernels = {
     {step<Adam>, step<Lion>, step<Sgd>, step<Momentum>, step<Adagrad>, step<ScheduleFree>,
-     step<LambNorms>, step<LambApply>},
+     step<LambNorms>, step<LambApply>, step<Direction>},
     squared_sum};
 
 }  // namespace

@@ -16,6 +16,7 @@ from torch.optim.optimizer import ParamsT
 
 from gradsmith_kernels.optim_adafactor import Adafactor
 from gradsmith_kernels.optim_base import FusedOptimizer, check_ranges
+from gradsmith_kernels.optim_muon import Muon, Partition, Piece
 from gradsmith_kernels.optimizer_step.quantize import decode, dynamic_map, encode
 from gradsmith_kernels.optimizer_step.tensors import STATE_BLOCK
 
@@ -30,6 +31,9 @@ __all__ = [
     "AdamW8bit",
     "FusedOptimizer",
     "Lion",
+    "Muon",
+    "Partition",
+    "Piece",
     "ScheduleFreeAdamW",
     "decode",
     "encode",

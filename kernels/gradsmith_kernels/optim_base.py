@@ -112,6 +112,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         """The rule's options for this step."""
         raise NotImplementedError
 
+    def _state_names(self, group: Mapping[str, Any]) -> tuple[str, ...]:
+        """The names of the rule's states."""
+        return self.state_names[: RULES[self._rule(group)].states]
+
+    def _plan(self, module: Any, group: Mapping[str, Any], tensors: Tensors) -> Any:
+        """What makes the steps of a batch."""
+        return module.Plan(RULES[self._rule(group)], tensors)
+
     def _check_group(self, group: Mapping[str, Any]) -> None:
         """Raises ValueError for an option outside its range."""
         raise NotImplementedError
@@ -143,8 +151,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        batches = self._batches()
-        scale = self._scale(batches)
+        found_inf = getattr(self, "found_inf", None)
+        batches: list[_Batch] = []
+        scale = None
+        if found_inf is None or not float(found_inf):
+            batches = self._batches()
+            scale = self._scale(batches)
         if scale is None:
             if self.zero_grads:
                 self.zero_grad(set_to_none=False)
@@ -167,11 +179,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _scale(self, batches: Sequence[_Batch]) -> float | None:
         """What the gradients are multiplied with; None if the step is to be skipped."""
         scale = 1.0
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        grad_scale = getattr(self, "grad_scale", None)
         if grad_scale is not None:
             scale = 1 / float(grad_scale)
-        if found_inf is not None and float(found_inf):
-            return None
         if self.max_grad_norm is None:
             return scale
         squares, bad = 0.0, None
@@ -289,7 +299,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     ) -> tuple[Callable[[Sequence[Tensor]], None], Callable[[], Any]]:
         """A check of gradients for these parameters, and what makes the plan of their steps."""
         rule = RULES[self._rule(group)]
-        names = (*self.state_names[: rule.states], "", "")  # of no column
+        names = (*self._state_names(group), "", "")  # of no column
         tensors = Tensors(
             params,
             column(states, names[0]),
@@ -302,7 +312,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             streams,
         )
         module = OP.choose(self._backend, params[0].device, params[0].dtype)
-        return partial(check, rule, tensors), lambda: module.Plan(rule, tensors)
+        return partial(check, rule, tensors), lambda: self._plan(module, group, tensors)
 
     def _check_parameter(self, p: Tensor) -> None:
         assert p.grad is not None
@@ -327,19 +337,13 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _init_moments(self, p: Tensor, state: dict[str, Any], group: Mapping[str, Any]) -> None:
         """Adds the states that are the update rule's own."""
-        for i, name in enumerate(self.state_names[: RULES[self._rule(group)].states]):
+        for i, name in enumerate(self._state_names(group)):
             dtype = self._state_dtype(p)
             start = 127 if dtype == torch.uint8 and i == 0 else 0  # the code of 0
             state[name] = torch.full(p.shape, start, dtype=dtype, device=p.device)
             if dtype == torch.uint8:
                 blocks = -(-p.numel() // STATE_BLOCK)
                 state[f"absmax{i + 1}"] = torch.zeros(blocks, device=p.device)
-
-    def reset(self) -> None:
-        """Forgets all steps that were made; the parameters stay as they are."""
-        self.state.clear()
-        for group in self.param_groups:
-            group.update((name, self.defaults[name]) for name in self.counted)
 
     def new_state(self, p: Tensor) -> dict[str, Any]:
         """The state that `p` starts with, for whoever restores one piece by piece."""

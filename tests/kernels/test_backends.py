@@ -35,7 +35,13 @@ def test_importing_is_cheap_and_changes_nothing():
 
 def test_availability_names_every_op_and_backend():
     table = backends.availability()
-    assert set(table) == {"adafactor_step", "attention", "optimizer_step", "rms_norm"}
+    assert set(table) == {
+        "adafactor_step",
+        "attention",
+        "newton_schulz",
+        "optimizer_step",
+        "rms_norm",
+    }
     for reasons in table.values():
         assert tuple(reasons) == backends.BACKENDS
         assert reasons["reference"] is None

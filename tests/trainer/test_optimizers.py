@@ -20,7 +20,7 @@ from gradsmith.training import engine as engines
 Tiny = Callable[..., Recipe]
 RATES = {
     "adamw": 3e-3, "adam": 3e-3, "adamw8bit": 3e-3, "lion": 1e-3, "sgd": 0.3, "adagrad": 0.03,
-    "lamb": 5e-2, "schedule_free": 1e-2, "adafactor": 0.1,
+    "lamb": 5e-2, "schedule_free": 1e-2, "adafactor": 0.1, "muon": 1e-2,
 }  # fmt: skip
 
 
@@ -36,6 +36,7 @@ RATES = {
         ({"name": "lamb"}, "needs zero.stage 0: its trust ratios are of whole tensors"),
         ({"name": "adafactor"}, "needs zero.stage 0: its row and column means are of whole"),
         ({"name": "adafactor", "eps": 1e-8}, "eps does not go with adafactor"),
+        ({"name": "adamw", "adamw_lr": 0.1}, "adamw_lr does not go with adamw"),
         ({"name": "lamb", "l1": 0.1}, "l1 does not go with lamb"),
         ({"name": "schedule_free"}, "schedule.name must be constant; it is cosine"),
     ],
@@ -85,6 +86,10 @@ CASES: list[tuple[str, int, str, dict[str, Any]]] = [
     ("schedule_free", 0, "none", {}),
     ("schedule_free", 2, "optimizer", {"l1": 1e-4}),
     ("adafactor", 0, "none", {"l1": 1e-3}),
+    ("muon", 0, "none", {"states": "bf16"}),
+    ("muon", 1, "none", {}),
+    ("muon", 2, "optimizer", {"adamw_lr": 3e-3}),
+    ("muon", 3, "none", {"adjust_lr_fn": "original"}),
 ]
 
 

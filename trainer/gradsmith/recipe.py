@@ -168,7 +168,10 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "lamb": {"lr": 2e-3, "weight_decay": 0.1, "betas": [0.9, 0.95], "eps": 1e-6},
     "schedule_free": {"lr": 1e-3, "weight_decay": 0.1, **_ADAM},
     "adafactor": {"lr": 1e-2, "weight_decay": 0.0},
-}
+    # betas and eps are those of what AdamW steps.
+    "muon": {"lr": 3e-4, "weight_decay": 0.1, "momentum": 0.95, "nesterov": True, **_ADAM,
+             "adamw_lr": None, "adjust_lr_fn": "match_rms_adamw", "states": "fp32"},
+}  # fmt: skip
 # What is of whole tensors, which ZeRO cuts up: optimizers that need stage 0.
 OF_WHOLE_TENSORS = {"lamb": "trust ratios", "adafactor": "row and column means"}
 
@@ -186,6 +189,7 @@ class Optimizer(Node):
         "lamb",
         "schedule_free",
         "adafactor",
+        "muon",
     ] = "adamw"
     lr: PositiveFloat = Field(3e-4, validate_default=True)
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
@@ -196,6 +200,12 @@ class Optimizer(Node):
     eps: PositiveFloat | None = None
     momentum: Fraction | None = None
     nesterov: bool | None = None
+    adamw_lr: PositiveFloat | None = Field(
+        None, description="muon: peak rate of what AdamW steps; default lr"
+    )
+    adjust_lr_fn: Literal["original", "match_rms_adamw"] | None = Field(
+        None, description="muon: how a matrix's rate follows its shape"
+    )
     states: Literal["fp32", "bf16"] | None = Field(
         None, description="what the states are kept in; bf16 is rounded randomly"
     )

@@ -35,7 +35,7 @@ def optimizer_step_(
     float32; what is stored in 16 bits is rounded to nearest even, or randomly (see `seed`).
 
     Args:
-        rule: adam, lion, sgd, momentum, adagrad, schedule_free or lamb.
+        rule: adam, lion, sgd, momentum, adagrad, schedule_free, lamb or direction.
         params: float32, bfloat16 or float16, any shape (float64: reference backend, all in it).
         grads: like params in shape and device, not necessarily in dtype.
         states: as many lists as the rule has states, like params in shape and device: float32,

@@ -76,6 +76,11 @@ class Plan:
 
 def update(rule: str, o: Options, t: float, x: Tensor, g: Tensor, states: list[Tensor]) -> Tensor:
     """The new x; x and the states are changed in place. Formulas: rules.py."""
+    if rule == "direction":
+        (m,) = states
+        m.add_(g - m, alpha=1 - o["momentum"])
+        of_m = o["momentum"] if o["nesterov"] else 1.0
+        return x.copy_(g.mul(1 - of_m).add_(m, alpha=of_m))
     lr, decay = o["lr"], o["weight_decay"]
     if rule in ("schedule_free", "lamb"):
         first, v = states

@@ -14,6 +14,9 @@ and its states, at step t = 1, 2, ...:
                    x += average (z - x) - lr (1 - beta1 (1 - average)) d;  z -= lr * d
     lamb           m, v as adam;  d = m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) + wd * x
                    x -= lr * |x| / |d| * d   (norms of the whole tensor; 1 where one of them is 0)
+    direction      m += (1 - momentum) (g - m)
+                   x = (1 - momentum) * g + momentum * m if nesterov else m
+                   (Muon's first sweep: x is overwritten with what is then orthogonalised)
 
 Decay: decoupled, x is first multiplied by 1 - lr * weight_decay; else g grows by weight_decay * x
 (schedule_free and lamb: as in the formula). l1 is proximal: after the update every weight moves
@@ -21,7 +24,8 @@ towards 0 by lr * l1 and stops there.
 
 Sources: Kingma and Ba 2015 (arXiv:1412.6980), Loshchilov and Hutter 2019 (1711.05101), Chen et al.
 2023 (Lion, 2302.06675), Sutskever et al. 2013 (Nesterov as torch.optim.SGD has it), Duchi et al.
-2011, Defazio et al. 2024 (schedule-free, 2405.15682), You et al. 2020 (LAMB, 1904.00962).
+2011, Defazio et al. 2024 (schedule-free, 2405.15682), You et al. 2020 (LAMB, 1904.00962), Jordan et
+al. 2024 (Muon, kellerjordan.github.io/posts/muon, with the buffer of torch.optim.Muon).
 """
 
 from __future__ import annotations
@@ -58,6 +62,8 @@ class Rule:
             return [*first, o["beta1"], o["lr"] * o["l1"]]
         if self.name == "lamb":
             return [*first, 0.0, 1 / (1 - o["beta1"] ** t)]
+        if self.name == "direction":
+            return [*first, 0.0, 0.0]
         l2 = 0.0 if o["decoupled"] else o["weight_decay"]
         return [*first, l2, o["lr"] * o["l1"]]
 
@@ -84,6 +90,12 @@ def _momentum(o: Options, t: float) -> tuple[float, ...]:
     new = 1.0 if t == 1 else 1 - o["dampening"]
     of_g, of_m = (1.0, o["momentum"]) if o["nesterov"] else (0.0, 1.0)
     return (o["momentum"], new, of_g, _decay(o), o["lr"], of_m)
+
+
+def _direction(o: Options, t: float) -> tuple[float, ...]:
+    new = 1 - o["momentum"]
+    of_g, of_m = (new, o["momentum"]) if o["nesterov"] else (0.0, 1.0)
+    return (new, 0.0, of_g, 0.0, 0.0, of_m)
 
 
 def _adagrad(o: Options, t: float) -> tuple[float, ...]:
@@ -118,6 +130,7 @@ RULES = {
             _schedule_free,
         ),
         Rule("lamb", 6, 2, ("lr", "weight_decay", "beta1", "beta2", "eps"), _lamb),
+        Rule("direction", 8, 1, ("momentum", "nesterov"), _direction),
     )
 }
 LAMB_APPLY = 7  # code of lamb's second sweep

@@ -156,16 +156,19 @@ def torch_step(inputs: Inputs, params: list[Tensor], states: list[list[Tensor]])
 def published_step(inputs: Inputs, params: list[Tensor], states: list[list[Tensor]]) -> None:
     """The papers' pseudocode, for the rules that torch does not have."""
     o = inputs["options"]
-    lr, wd, b1, b2 = o["lr"], o["weight_decay"], o["beta1"], o["beta2"]
+    lr, wd, b1, b2 = (o.get(name) for name in ("lr", "weight_decay", "beta1", "beta2"))
     for i, p in enumerate(params):
         for t, grads in enumerate(inputs["grads"], int(inputs["behind"]) + 1):
-            g = grads[i].to(p.dtype)
+            g, m = grads[i].to(p.dtype), states[0][i]
+            if inputs["rule"] == "direction":  # as torch.optim.Muon
+                m.lerp_(g, 1 - o["momentum"])
+                p.copy_(g.lerp(m, o["momentum"]) if o["nesterov"] else m)
+                continue
             if inputs["rule"] == "lion":
-                m = states[0][i]
                 p.mul_(1 - lr * wd).sub_(lr * torch.sign(b1 * m + (1 - b1) * g))
                 m.mul_(b2).add_(g, alpha=1 - b2)
                 continue
-            m, v = states[0][i], states[1][i]
+            v = states[1][i]
             v.mul_(b2).addcmul_(g, g, value=1 - b2)
             denominator = (v / (1 - b2**t)).sqrt() + o["eps"]
             if inputs["rule"] == "schedule_free":
@@ -208,6 +211,7 @@ class OptimizerStepSpec(Spec):
             sample("L2, warm", "adam", decoupled=0.0),
             sample("L2 and Nesterov, warm", "momentum", decoupled=0.0, nesterov=1.0, dampening=0.0),
             sample("L2, warm", "adagrad", decoupled=0.0),
+            sample("Nesterov, warm", "direction", nesterov=1.0),
             sample("bfloat16, float32 gradients", "adam", bf16, torch.float32),
             sample("float32, bfloat16 gradients", "adam", torch.float32, bf16),
             sample("float16, warm", "adam", f16),

@@ -188,6 +188,9 @@ def update(
             weight = tl.where(mask, x, 0.0)
             direction = tl.where(mask, direction, 0.0)
         sums = tl.sum(weight * weight), tl.sum(direction * direction)
+    elif RULE == 8:  # direction
+        s1 += (g - s1) * c0
+        x = c2 * g + c5 * s1
     else:  # lamb: the weights
         x = x - c4 * lamb_direction(x, s1, s2, c2, c3, c5, c7)
     if RULE < 6:
@@ -510,6 +513,7 @@ def compile_cases() -> list[CompileCase]:
         ("schedule_free, float32", 5, 2, f32, f32, f32, False, False),
         ("lamb norms, float32", 6, 2, f32, f32, f32, False, False),
         ("lamb weights, float32", 7, 2, f32, f32, f32, False, False),
+        ("direction, bfloat16 of float32", 8, 1, bf16, f32, f32, False, False),
     ]
     cases = []
     for name, rule, states, param, grad, state, master, random in kinds:

@@ -114,15 +114,11 @@ def build_engine(recipe: Recipe, model: torch.nn.Module) -> DeepSpeedEngine:
     """The DeepSpeed engine around `model`, with the recipe's optimizer under it."""
     import deepspeed
 
-    settings = recipe.training.optimizer
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    # Decay pulls matrices towards zero; on gains and biases it only fights the scale.
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = build_optimizer(recipe, [group for group in groups if group["params"]])
+    optimizer = build_optimizer(recipe, parameter_groups(recipe, model))
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    # DeepSpeed steps while it is built, on zero gradients. That would decay the weights, count a
+    # step too many, and Muon does not know yet what lies where: those steps are skipped.
+    optimizer.found_inf = torch.ones(())
     gc.freeze()  # DeepSpeed collects garbage again and again; what is there already is none
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=deepspeed_config(recipe, world())
@@ -134,13 +130,40 @@ def build_engine(recipe: Recipe, model: torch.nn.Module) -> DeepSpeedEngine:
         owner, _, leaf = name.rpartition(".")
         module = engine.module.get_submodule(owner)
         setattr(module, leaf, buffer.to(getattr(module, leaf).device))
-    # DeepSpeed 0.19's stage 0 with 16-bit weights steps once on zero gradients while it is built.
-    # With a rate that decays the weights, and Adam's step count, hence its bias correction, is one
-    # ahead ever after: the losses differ from those of stages 1 to 3. Undo it.
-    optimizer.reset()
+    del optimizer.found_inf
+    if recipe.training.optimizer.name == "muon" and recipe.training.zero.stage > 0:
+        from .muon import partitions
+
+        optimizer.set_partitions(partitions(engine), device=device())
     _clip_in_the_sweep(engine)
     _forget_skipped_gradients(engine)
     return engine
+
+
+def parameter_groups(recipe: Recipe, model: torch.nn.Module) -> list[dict[str, Any]]:
+    """The optimizer's groups. A group's `lr_ratio` is its rate over the schedule's."""
+    settings = recipe.training.optimizer
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trainable if p.ndim >= 2]
+    decay = settings.weight_decay
+    # Decay pulls matrices towards zero; on gains and biases it only fights the scale.
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    if settings.name == "muon":
+        # Rows of embeddings and of the output layer are stepped for one token each: they are not
+        # maps between features, whose directions Muon evens out.
+        tables = [m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)]
+        output = model.get_output_embeddings()  # type: ignore[operator]
+        outside = {id(p) for p in (*tables, getattr(output, "weight", None))}
+        hidden = [p for p in matrices if p.ndim == 2 and id(p) not in outside]
+        inside = {id(p) for p in hidden}
+        groups[0]["params"] = [p for p in matrices if id(p) not in inside]
+        ratio = 1.0 if settings.adamw_lr is None else settings.adamw_lr / settings.lr
+        groups = [group | {"use_muon": False, "lr_ratio": ratio} for group in groups]
+        groups.append({"params": hidden, "weight_decay": decay, "use_muon": True})
+    return [group for group in groups if group["params"]]
 
 
 def build_optimizer(recipe: Recipe, groups: list[dict[str, Any]]) -> Any:
@@ -158,9 +181,12 @@ def build_optimizer(recipe: Recipe, groups: list[dict[str, Any]]) -> Any:
         "lamb": optim.LAMB,
         "schedule_free": optim.ScheduleFreeAdamW,
         "adafactor": optim.Adafactor,
+        "muon": optim.Muon,
     }[settings.name]
-    names = ("betas", "eps", "momentum", "nesterov")
+    names = ("betas", "eps", "momentum", "nesterov", "adjust_lr_fn")
     options = {name: value for name in names if (value := getattr(settings, name)) is not None}
+    if settings.name == "muon":  # whose own eps is another
+        options |= {f"adamw_{name}": options.pop(name) for name in ("betas", "eps")}
     if settings.name != "lamb":
         options["l1"] = settings.l1
     if settings.states == "bf16":
@@ -169,7 +195,7 @@ def build_optimizer(recipe: Recipe, groups: list[dict[str, Any]]) -> Any:
         options["max_grad_norm"] = training.clip or math.inf
     return cls(
         groups,
-        lr=0.0,  # the loop sets the rate of every step; see build_engine for why none before
+        lr=0.0,  # the loop sets the rate of every step
         seed=recipe.seed,
         stochastic_rounding=settings.rounding != "nearest",
         **options,
@@ -238,10 +264,14 @@ def publish_weights(engine: DeepSpeedEngine) -> None:
                 weight.data.copy_(master.data)
 
 
-def optimizer_op(recipe: Recipe) -> str:
-    """The kernel library's op that steps the weights."""
-    adafactor = recipe.training.optimizer.name == "adafactor"
-    return "adafactor_step" if adafactor else "optimizer_step"
+def optimizer_ops(recipe: Recipe) -> dict[str, str]:
+    """The kernel library's ops that step the weights, and where each of them runs."""
+    name, where = recipe.training.optimizer.name, optimizer_device(recipe)
+    if name == "adafactor":
+        return {"adafactor_step": where}
+    if name == "muon":  # matrices are orthogonalised on the ranks' devices, also with offload
+        return {"optimizer_step": where, "newton_schulz": device().type}
+    return {"optimizer_step": where}
 
 
 def optimizer_device(recipe: Recipe) -> str:
@@ -251,7 +281,7 @@ def optimizer_device(recipe: Recipe) -> str:
 
 def set_learning_rate(engine: DeepSpeedEngine, rate: float) -> None:
     for group in engine.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("lr_ratio", 1.0)
 
 
 def check_precision(recipe: Recipe) -> None:

@@ -301,9 +301,7 @@ def _kernels(recipe: Recipe, model: torch.nn.Module) -> dict[str, Any]:
     from gradsmith_kernels import accelerate
     from gradsmith_kernels.backends import chosen
 
-    where = engines.optimizer_device(recipe)
-    op = engines.optimizer_op(recipe)
-    backends = {op: chosen(op, where)}
+    backends = {op: chosen(op, where) for op, where in engines.optimizer_ops(recipe).items()}
     if not recipe.model.kernels:
         return {"backends": backends}
     report = accelerate(model)
