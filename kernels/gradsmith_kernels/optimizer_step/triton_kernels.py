@@ -194,7 +194,7 @@ def update(
     else:  # lamb: the weights
         x = x - c4 * lamb_direction(x, s1, s2, c2, c3, c5, c7)
     if RULE < 6:
-        x = tl.where(x > 0, tl.maximum(x - c7, 0.0), tl.minimum(x + c7, 0.0))
+        x = tl.where(x > c7, x - c7, tl.where(x < -c7, x + c7, x * 0.0))  # NaN stays NaN
     if RULE != 6:
         if MASTER:
             tl.store(master_ptr + at, x, mask)
