@@ -35,7 +35,7 @@ def test_importing_is_cheap_and_changes_nothing():
 
 def test_availability_names_every_op_and_backend():
     table = backends.availability()
-    assert set(table) == {"attention", "optimizer_step", "rms_norm"}
+    assert set(table) == {"attention", "linear_cross_entropy", "optimizer_step", "rms_norm"}
     for reasons in table.values():
         assert tuple(reasons) == backends.BACKENDS
         assert reasons["reference"] is None
@@ -94,7 +94,7 @@ def test_it_works_without_triton():
     lines = run(code).splitlines()
     assert float(lines[0]) == pytest.approx(8)
     assert "triton cannot be imported" in lines[1]
-    assert lines[2] == "3"
+    assert lines[2] == "4"
 
 
 def test_bfloat16_is_refused_in_tritons_interpreter():

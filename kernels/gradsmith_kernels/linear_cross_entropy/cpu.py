@@ -71,7 +71,7 @@ def gradient_shapes(
 
 def scale(sums: Tensor, rows: int, size: int, factor: float, dtype: torch.dtype) -> Tensor:
     """The first rows and columns of a gradient times `factor`, rounded once."""
-    result = torch.empty((rows, size) if sums.numel() else (0,), dtype=dtype)
+    result = torch.empty((rows, size) if len(sums) else (0,), dtype=dtype)
     if result.numel():
         _native.scale_rows(
             sums.data_ptr(),
@@ -111,7 +111,8 @@ def _run(
             if gradient is not None:
                 gradient.zero_()
         return
-    if size == 0:
+    if size == 0:  # then bias is all there is
+        size, gradients = 1, (None, None, gradients[2])
         hidden, weight = hidden.new_zeros(rows, 1), weight.new_zeros(vocabulary, 1)
     hidden_rows, hidden_stride = as_rows(hidden)
     weight_rows, weight_stride = as_rows(weight)

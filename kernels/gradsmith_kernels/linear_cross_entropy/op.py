@@ -23,9 +23,8 @@ OP = Op(
 )
 
 _INPUTS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target"
-_OPTIONS = (
-    "int ignore_index, float label_smoothing, float z_loss, float softcap, str reduction, int? chunk"
-)
+_FACTORS = "float label_smoothing, float z_loss, float softcap"
+_OPTIONS = f"int ignore_index, {_FACTORS}, str reduction, int? chunk"
 _NEEDS = "bool need_dhidden, bool need_dweight, bool need_dbias"
 _GRADIENTS = "Tensor dhidden, Tensor dweight, Tensor dbias"
 # lse has target's shape, float64, and is 0 where the target is ignored.
@@ -119,7 +118,7 @@ class _Tokens:
     """The tokens that count, as rows; and the way back to target's shape."""
 
     def __init__(self, target: Tensor, ignore_index: int) -> None:
-        self.shape, flat = target.shape, target.reshape(-1)
+        self.shape, flat = target.shape, target.reshape(-1).contiguous()
         counts = flat != ignore_index
         self.index = None if bool(counts.all()) else counts.nonzero().squeeze(1)
         self.target = self.take(flat)
@@ -141,7 +140,7 @@ class _Tokens:
         first = wrong.nonzero()[0]
         value = self.target[first].item()
         at = int(first.item() if self.index is None else self.index[first].item())
-        place = []
+        place: list[str] = []
         for size in reversed(self.shape):
             at, rest = divmod(at, size)
             place.insert(0, str(rest))
@@ -178,16 +177,13 @@ def _loss_and_lse(
     tokens.check(len(weight))
     module = OP.choose(backend, hidden.device, hidden.dtype)
     options = Options(label_smoothing, z_loss, softcap, chunk)
-    rows = tokens.take(hidden.reshape(-1, hidden.shape[-1]))
+    rows = tokens.take(hidden.reshape(target.numel(), hidden.shape[-1]))
     arguments = (rows, weight, bias, tokens.target, options)
     if sums is None:
         loss, lse = module.forward(*arguments)
     else:
         loss, lse = module.forward_with_gradients(*arguments, sums)
-    return (
-        _reduce(loss, tokens, reduction, hidden.dtype),
-        tokens.put(lse, tokens.shape).clone() if lse is loss else tokens.put(lse, tokens.shape),
-    )
+    return _reduce(loss, tokens, reduction, hidden.dtype), tokens.put(lse, tokens.shape)
 
 
 def _linear_cross_entropy(
@@ -285,7 +281,7 @@ def _scale(
     if reduction == "mean":
         factor /= max(1, len(tokens.target))
     dhidden = sum_dhidden.new_empty(0, dtype=dtype)
-    if sum_dhidden.numel():
+    if len(sum_dhidden):
         rows = module.scale(sum_dhidden, len(tokens.target), size, factor, dtype)
         dhidden = tokens.put(rows, (*target.shape, size))
     dweight = module.scale(sum_dweight, max(0, len(sum_dweight) - 15), size, factor, dtype)
@@ -302,8 +298,8 @@ def _scale_fake(
     dtype: torch.dtype,
     *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dhidden = (*target.shape, size) if sum_dhidden.numel() else (0,)
-    dweight = (sum_dweight.shape[0] - 15, size) if sum_dweight.numel() else (0,)
+    dhidden = (*target.shape, size) if sum_dhidden.shape[0] else (0,)
+    dweight = (sum_dweight.shape[0] - 15, size) if sum_dweight.shape[0] else (0,)
     shapes = (dhidden, dweight, sum_dbias.shape)
     one, two, three = (dloss.new_empty(shape, dtype=dtype) for shape in shapes)
     return one, two, three
@@ -336,7 +332,7 @@ def _backward(
     dhidden, dweight, dbias = OP.choose(backend, hidden.device, hidden.dtype).backward(
         upstream,
         tokens.take(lse.reshape(-1)),
-        tokens.take(hidden.reshape(-1, hidden.shape[-1])),
+        tokens.take(hidden.reshape(target.numel(), hidden.shape[-1])),
         weight,
         bias,
         tokens.target,
@@ -389,6 +385,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # else what was made in the forward pass would be a constant
+            raise RuntimeError("linear_cross_entropy has no second derivative (create_graph=True)")
         if dloss is None:
             return (None,) * (4 + len(ctx.options))
         ignore_index, *_, reduction, _, backend = ctx.options
@@ -405,45 +403,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *wanted, *(None,) * (1 + len(ctx.options))
 
 
-def _last(name: str) -> Any:
-    """The autograd function of an operator whose results cannot be differentiated."""
-
-    class Last(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-            with torch._C._AutoDispatchBelowAutograd():
-                return tuple(getattr(torch.ops.gradsmith, name).default(*args))
-
-        @staticmethod
-        def backward(ctx: Any, *_: Tensor) -> None:
-            raise RuntimeError("linear_cross_entropy has no second derivative (create_graph=True)")
-
-    return Last
-
-
-def _autograd(function: Any) -> Any:
-    apply: Any = function.apply  # untyped in torch, and it takes no keywords
-
-    def wrapped(*args: Any) -> Any:
-        return apply(*args)
-
-    return wrapped
-
-
-def _autograd_forward(*args: Any) -> Any:
+def _autograd(*args: Any) -> Any:
+    if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in args[:3]):
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.gradsmith.linear_cross_entropy.default(*args)
     backend = args[10] if len(args) > 10 else None
     apply: Any = _LinearCrossEntropy.apply  # untyped in torch
     return apply(*args[:10], backend)
 
 
 # Registered by hand: half the price of torch.library.register_autograd (docs/log.md).
-for _name, _function, _fake, _gradient in (
-    ("", _linear_cross_entropy, _linear_cross_entropy_fake, _autograd_forward),
-    ("_with_gradients", _with_gradients, _with_gradients_fake, None),
-    ("_scale", _scale, _scale_fake, None),
-    ("_backward", _backward, _backward_fake, None),
+for _name, _function, _fake in (
+    ("", _linear_cross_entropy, _linear_cross_entropy_fake),
+    ("_with_gradients", _with_gradients, _with_gradients_fake),
+    ("_scale", _scale, _scale_fake),
+    ("_backward", _backward, _backward_fake),
 ):
-    _name = f"linear_cross_entropy{_name}"
-    torch.library.impl(f"gradsmith::{_name}", "CompositeExplicitAutograd", _function)
-    torch.library.impl(f"gradsmith::{_name}", "Autograd", _gradient or _autograd(_last(_name)))
-    torch.library.register_fake(f"gradsmith::{_name}", _fake)
+    _name = f"gradsmith::linear_cross_entropy{_name}"
+    torch.library.impl(_name, "CompositeExplicitAutograd", _function)
+    torch.library.register_fake(_name, _fake)
+torch.library.impl("gradsmith::linear_cross_entropy", "Autograd", _autograd)

@@ -1,4 +1,4 @@
-"""Linear cross-entropy in plain PyTorch: the definition. In float32, or in float64 for float64.
+"""Linear cross-entropy in plain PyTorch: the definition. Computed in float64.
 
 Here, as in the other backends, hidden is (N, C), and every target counts: the operator has taken
 out those to ignore.
@@ -23,10 +23,9 @@ class Options:
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: Options) -> Tensor:
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    z = hidden.to(wide) @ weight.to(wide).T
+    z = hidden.double() @ weight.double().T
     if bias is not None:
-        z = z + bias.to(wide)
+        z = z + bias.double()
     if options.softcap > 0:
         z = options.softcap * torch.tanh(z / options.softcap)
     return z
@@ -44,7 +43,7 @@ def forward(
     loss, lse = (hidden.new_empty(len(hidden), dtype=torch.float64) for _ in range(2))
     s = options.label_smoothing
     for rows in _chunks(len(hidden), options):
-        z = _logits(hidden[rows], weight, bias, options).double()
+        z = _logits(hidden[rows], weight, bias, options)
         lse[rows] = torch.logsumexp(z, -1)
         at_target = z.gather(1, target[rows, None]).squeeze(1)
         smooth = s * (lse[rows] - z.mean(-1)) if s > 0 else 0.0
@@ -66,24 +65,22 @@ def backward(
 
     dz = g * (p * (1 + 2 * z_loss * lse) - (1 - s) * onehot(target) - s / V) * (1 - (z / softcap)^2)
     """
-    wide = torch.promote_types(hidden.dtype, torch.float32)
     s = options.label_smoothing
-    dhidden = hidden.new_zeros(hidden.shape if needs[0] else 0, dtype=wide)
-    dweight = hidden.new_zeros(weight.shape if needs[1] else 0, dtype=wide)
-    dbias = hidden.new_zeros(weight.shape[:1] if needs[2] else 0, dtype=wide)
+    dhidden = hidden.new_zeros(hidden.shape if needs[0] else 0, dtype=torch.float64)
+    dweight = hidden.new_zeros(weight.shape if needs[1] else 0, dtype=torch.float64)
+    dbias = hidden.new_zeros(weight.shape[:1] if needs[2] else 0, dtype=torch.float64)
     for rows in _chunks(len(hidden), options):
         z = _logits(hidden[rows], weight, bias, options)
-        shifted = z.double() - lse[rows, None]
-        dz = shifted.exp() * (1 + 2 * options.z_loss * lse[rows, None]) - s / len(weight)
+        p = (z - lse[rows, None]).exp()
+        dz = p * (1 + 2 * options.z_loss * lse[rows, None]) - s / len(weight)
         dz.scatter_add_(1, target[rows, None], dz.new_full((len(z), 1), s - 1))
         dz *= upstream[rows, None]
         if options.softcap > 0:
             dz *= 1 - (z / options.softcap).square()
-        dz = dz.to(wide)
         if needs[0]:
-            dhidden[rows] = dz @ weight.to(wide)
+            dhidden[rows] = dz @ weight.double()
         if needs[1]:
-            dweight += dz.T @ hidden[rows].to(wide)
+            dweight += dz.T @ hidden[rows].double()
         if needs[2]:
             dbias += dz.sum(0)
     return dhidden.to(hidden.dtype), dweight.to(hidden.dtype), dbias.to(hidden.dtype)
