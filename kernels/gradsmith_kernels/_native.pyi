@@ -83,7 +83,6 @@ def attention_backward(
     threads: int,
     /,
 ) -> None: ...
-
 def linear_cross_entropy(
     hidden: tuple[int, int],
     weight: tuple[int, int],
