@@ -42,9 +42,9 @@ class Accelerated:
 
 
 def looks_like_one(module: nn.Module) -> bool:
-    return type(module).__name__.endswith(("ForCausalLM", "LMHeadModel")) and hasattr(
-        module, "lm_head"
-    )
+    # Not hasattr: peft's models hand on what the model within has.
+    named = type(module).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    return named and "lm_head" in dict(module.named_children())
 
 
 def unfit(model: Any) -> str | None:
