@@ -170,7 +170,7 @@ def _accelerate_loss(model: nn.Module, report: Report) -> None:
         if reason:
             report.left_alone[head] = reason
             continue
-        weight: Any = module.lm_head.weight  # type: ignore[union-attr]
+        weight: Any = module.lm_head.weight
         backend = linear_cross_entropy_op.OP.resolve(None, weight.device.type, weight.dtype)
         report._undo.append(transformers_loss.replace(module))
         report.replaced[head] = ("linear_cross_entropy", backend)

@@ -104,9 +104,10 @@ def _with_loss(cls: type) -> type:
 
         @functools.wraps(original)  # the HF Trainer and generate() read its signature
         def forward(self: Any, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+            if labels is None:
+                return original(self, *args, **kwargs)
             plain = (
-                labels is None
-                or not self.training
+                not self.training
                 or type(self.lm_head) is not _Head  # replaced since, by peft for instance
                 or not isinstance(kwargs.get("logits_to_keep", 0), int)
                 or kwargs.get("logits_to_keep", 0) != 0
