@@ -229,13 +229,30 @@ struct LinearCrossEntropyOf {
                       int64_t end) {
     Engine::begin();
     for (int64_t slot = 0; slot < slots; ++slot) {
-      const auto add = first && slot == 0 ? product<Engine, kSet> : product<Engine, kAdd>;
       const uint32_t* const d = reinterpret_cast<const uint32_t*>(dlogits_at(c, slot, begin));
-      for (int64_t panel = 0; panel < panels(a.size); ++panel)
-        add(padded(end - begin), panel_columns(a, panel), kBlockWords, d, kBlockWords,
-            words_at(c.weight_paired, (slot * panels(a.size) + panel) * kBlockWords * kPanel),
-            kPanel, a.dhidden + (c.first + begin) * columns(a) + panel * kPanel, columns(a),
-            nullptr, {});
+      for (int64_t panel = 0; panel < panels(a.size); ++panel) {
+        const int64_t rows = padded(end - begin), count = panel_columns(a, panel);
+        const uint32_t* const weight =
+            words_at(c.weight_paired, (slot * panels(a.size) + panel) * kBlockWords * kPanel);
+        float* const to = a.dhidden + (c.first + begin) * columns(a) + panel * kPanel;
+        if constexpr (Engine::kPair == 1) {
+          // The sum over the vocabulary is long. A block is summed by itself first: a chain of the
+          // product's short pieces would round more than torch's products do.
+          alignas(64) float tile[kTokenBlock * kPanel];
+          product<Engine, kSet>(rows, count, kBlockWords, d, kBlockWords, weight, kPanel, tile,
+                                kPanel);
+          for (int64_t i = 0; i < rows; ++i)
+            for (int64_t j = 0; j < count; j += kLanes) {
+              Vec sum = load<F32>(tile + i * kPanel + j);
+              if (!first || slot > 0) sum += load<F32>(to + i * columns(a) + j);
+              store<F32>(to + i * columns(a) + j, sum);
+            }
+        } else {
+          const auto add = first && slot == 0 ? product<Engine, kSet> : product<Engine, kAdd>;
+          add(rows, count, kBlockWords, d, kBlockWords, weight, kPanel, to, columns(a), nullptr,
+              {});
+        }
+      }
     }
     Engine::end();
   }
