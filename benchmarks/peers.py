@@ -53,6 +53,14 @@ def _bitsandbytes() -> Peer:
     return partial(_step, bitsandbytes.optim.AdamW8bit, {}, False)
 
 
+def _transformers_adafactor() -> Peer:
+    from transformers import Adafactor
+
+    # The same algorithm as torch's: no step size of its own, scaled by the weights' size.
+    settings = {"lr": 1e-2, "relative_step": False, "scale_parameter": True}
+    return partial(_step, Adafactor, settings, False)
+
+
 def _step(cls: Any, keywords: dict[str, Any], clip: bool, inputs: Inputs) -> None:
     made = optimizer(cls, keywords, inputs)
     if clip:
@@ -71,6 +79,8 @@ _PEERS: dict[str, dict[str, Callable[[], Peer]]] = {
     "clip + adamw + zero_grad one tensor of 50M bfloat16, float32 moments and masters": {
         "clip, DeepSpeedCPUAdam on float32 copies, zero_grad": _deepspeed_on_masters
     },
+    "adafactor 12 matrices of 1024x4096 float32": {"transformers": _transformers_adafactor},
+    "adafactor 2000 tensors of 4096 float32": {"transformers": _transformers_adafactor},
     "adamw 8-bit, nearest, one tensor of 50M float32": {"bitsandbytes": _bitsandbytes},
     "adamw 8-bit one tensor of 50M float32": {"bitsandbytes": _bitsandbytes},
 }
