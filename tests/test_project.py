@@ -44,7 +44,8 @@ def test_lines_fit_a_screen() -> None:
         if path.suffix not in SOURCES and path.name not in ("Makefile", "README.md"):
             continue
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            if len(line) > MAX_COLUMNS and not line.startswith("|"):  # tables cannot be broken
+            whole = line.startswith("|") or path.name == "floors.toml"  # a table's row, a key
+            if len(line) > MAX_COLUMNS and not whole:
                 long.append(f"{path.relative_to(ROOT)}:{number}: {len(line)} columns")
     assert not long, "\n".join(long)
 
