@@ -252,18 +252,21 @@ inline void encode_block(const float* values1, const float* values2, float scale
 }
 
 // What is known of the dtypes when the code is compiled.
-enum class Dtypes { kAny, kFloat32, kFloat32With8BitStates };
+enum class Dtypes { kAny, kFloat32, kFloat32With8BitStates, kBFloat16 };
 
 template <class Rule, Dtypes kDtypes>
 ALWAYS_INLINE inline void sweep(const StepTensor& t, const StepOptions& a, int64_t begin,
                                 int64_t end, StepSums* sums) {
-  constexpr bool kFloats = kDtypes != Dtypes::kAny;  // weights and gradients, without masters
+  constexpr bool kKnown = kDtypes != Dtypes::kAny;  // and nothing stands behind the weights
   constexpr bool kAllFloat32 = kDtypes == Dtypes::kFloat32;
+  constexpr bool kAllBFloat16 = kDtypes == Dtypes::kBFloat16;
+  constexpr int kWeight = kAllBFloat16 ? int(kBFloat16) : int(kFloat32);
+  constexpr int kState = kAllFloat32 || kAllBFloat16 ? kWeight : kUInt8;
   const Coefficients c(t.c);
   const Vec scale = splat(a.scale);
-  const int param_dtype = kFloats ? int(kFloat32) : t.param_dtype;
-  const int grad_dtype = kFloats ? int(kFloat32) : t.grad_dtype;
-  const int state_dtype = kAllFloat32 ? int(kFloat32) : kFloats ? kUInt8 : t.state_dtype;
+  const int param_dtype = kKnown ? kWeight : t.param_dtype;
+  const int grad_dtype = kKnown ? kWeight : t.grad_dtype;
+  const int state_dtype = kKnown ? kState : t.state_dtype;
   const bool eight_bit = Rule::kStates > 0 && state_dtype == kUInt8;
   const bool stochastic = !kAllFloat32 && a.stochastic && state_dtype != kFloat32;
   float buffer1[kStateBlock], buffer2[kStateBlock];
@@ -284,11 +287,11 @@ ALWAYS_INLINE inline void sweep(const StepTensor& t, const StepOptions& a, int64
       const int64_t j = block + at;
       Vec g = load_any(t.grad, grad_dtype, j, n) * scale;
       Vec x;
-      if (!kFloats && t.master) {
+      if (!kKnown && t.master) {
         x = load<F32>(t.master + j, n);
       } else {
         x = load_any(t.param, param_dtype, j, n);
-        if (!kFloats && t.compensation) x += load<BF16>(t.compensation + j, n);
+        if (!kKnown && t.compensation) x += load<BF16>(t.compensation + j, n);
       }
       Vec s1{}, s2{};
       if (eight_bit) {
@@ -308,9 +311,9 @@ ALWAYS_INLINE inline void sweep(const StepTensor& t, const StepOptions& a, int64
         const Vec direction = lamb_direction(c, x, s1, s2);
         updates.add(s2 > 0.0f ? direction : c.c3 * x, slot);
       } else {
-        if (!kFloats && t.master) store<F32>(t.master + j, x, n);
+        if (!kKnown && t.master) store<F32>(t.master + j, x, n);
         store_any(t.param, param_dtype, j, x, n);
-        if (!kFloats && t.compensation)
+        if (!kKnown && t.compensation)
           store<BF16>(t.compensation + j, x - load_any(t.param, param_dtype, j, n), n);
       }
       if (same<Rule, LambApply>) return;
@@ -354,11 +357,16 @@ ALWAYS_INLINE inline void sweep(const StepTensor& t, const StepOptions& a, int64
 
 template <class Rule>
 void step(const StepTensor& t, const StepOptions& a, int64_t begin, int64_t end, StepSums* sums) {
-  const bool floats = t.param_dtype == kFloat32 && t.grad_dtype == kFloat32 && !t.master;
-  if (floats && (Rule::kStates == 0 || t.state_dtype == kFloat32))
+  const auto all = [&](int weights, int states) {
+    return t.param_dtype == weights && t.grad_dtype == weights && !t.master && !t.compensation &&
+           (Rule::kStates == 0 || t.state_dtype == states);
+  };
+  if (all(kFloat32, kFloat32))
     sweep<Rule, Dtypes::kFloat32>(t, a, begin, end, sums);
-  else if (floats && t.state_dtype == kUInt8)
+  else if (all(kFloat32, kUInt8))
     sweep<Rule, Dtypes::kFloat32With8BitStates>(t, a, begin, end, sums);
+  else if (all(kBFloat16, kBFloat16))
+    sweep<Rule, Dtypes::kBFloat16>(t, a, begin, end, sums);
   else
     sweep<Rule, Dtypes::kAny>(t, a, begin, end, sums);
 }
