@@ -11,6 +11,7 @@
 #include "attention/attention_cpu.h"
 #include "common/cpu.h"
 #include "common/parallel.h"
+#include "linear_cross_entropy/linear_cross_entropy_cpu.h"
 #include "optimizer_step/optimizer_step_cpu.h"
 #include "rms_norm/rms_norm_cpu.h"
 
@@ -66,6 +67,42 @@ void rms_norm_backward_binding(uintptr_t dy, int64_t dy_stride, uintptr_t dh, in
                           rows,
                           cols};
   rms_norm_backward(a, x_dtype, weight_dtype, threads);
+}
+
+// hidden and weight: address and row stride. shapes: rows, vocabulary, size, chunk. options: label
+// smoothing, z_loss, softcap. statistics: loss, lse, upstream. gradients: of hidden, weight, bias.
+void linear_cross_entropy_binding(const std::pair<uintptr_t, int64_t>& hidden,
+                                  const std::pair<uintptr_t, int64_t>& weight, uintptr_t bias,
+                                  uintptr_t target, const std::array<int64_t, 4>& shapes,
+                                  const std::array<double, 3>& options,
+                                  const std::array<uintptr_t, 3>& statistics,
+                                  const std::array<uintptr_t, 3>& gradients, int dtype,
+                                  int threads) {
+  const LinearCrossEntropy a{pointer(hidden.first),
+                             pointer(weight.first),
+                             pointer(bias),
+                             pointer<int64_t>(target),
+                             hidden.second,
+                             weight.second,
+                             shapes[0],
+                             shapes[1],
+                             shapes[2],
+                             shapes[3],
+                             options[0],
+                             options[1],
+                             float(options[2]),
+                             pointer<double>(statistics[0]),
+                             pointer<double>(statistics[1]),
+                             pointer<float>(statistics[2]),
+                             pointer<float>(gradients[0]),
+                             pointer<float>(gradients[1]),
+                             pointer<float>(gradients[2])};
+  linear_cross_entropy(a, dtype, threads);
+}
+
+void scale_rows_binding(uintptr_t x, int64_t stride, int64_t rows, int64_t cols, float factor,
+                        uintptr_t y, int dtype, int threads) {
+  scale_rows(pointer<float>(x), stride, rows, cols, factor, pointer(y), dtype, threads);
 }
 
 // param, state1, state2, absmax1, absmax2, master, compensation, address of the float that counts
@@ -292,6 +329,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("rms_norm_block_rows", rms_norm_block_rows, "Rows in a block of dweight's partial sums.");
   m.def("attention_forward", attention_forward_binding, no_gil);
   m.def("attention_backward", attention_backward_binding, no_gil);
+  m.def("linear_cross_entropy", linear_cross_entropy_binding, no_gil);
+  m.def("scale_rows", scale_rows_binding, no_gil);
 
   py::class_<StepPlan>(m, "StepPlan", "Tensors that an optimizer steps together.")
       .def(py::init<const std::vector<StepRow>&>())

@@ -83,6 +83,30 @@ def attention_backward(
     threads: int,
     /,
 ) -> None: ...
+def linear_cross_entropy(
+    hidden: tuple[int, int],
+    weight: tuple[int, int],
+    bias: int,
+    target: int,
+    shapes: tuple[int, int, int, int],
+    options: tuple[float, float, float],
+    statistics: tuple[int, int, int],
+    gradients: tuple[int, int, int],
+    dtype: int,
+    threads: int,
+    /,
+) -> None: ...
+def scale_rows(
+    x: int,
+    stride: int,
+    rows: int,
+    cols: int,
+    factor: float,
+    y: int,
+    dtype: int,
+    threads: int,
+    /,
+) -> None: ...
 
 class StepPlan:
     def __init__(

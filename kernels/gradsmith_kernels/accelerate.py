@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradsmith_kernels import backends
+from gradsmith_kernels import backends, transformers_loss
 from gradsmith_kernels.attention import op as attention_op
+from gradsmith_kernels.linear_cross_entropy import op as linear_cross_entropy_op
 from gradsmith_kernels.rms_norm import op as rms_norm_op
 from gradsmith_kernels.rms_norm import rms_norm
 
@@ -34,7 +35,7 @@ class Report:
     """What `accelerate` did to a model.
 
     replaced: module name -> (op, backend) that now computes it. For attention that is the name of
-        the model whose layers it is, "" for the one that was given.
+        the model whose layers it is, "" for the one that was given; for the loss that of lm_head.
     left_alone: module name -> why it was not replaced, for modules that look as if they could be.
     """
 
@@ -71,7 +72,10 @@ def accelerate(
     - `attention`, under every model whose attention transformers can exchange and that can do
       without a mask of Sq x Sk (those that take flash attention);
     - `rms_norm`, under Llama, Mistral, Qwen2 and Qwen3 models (with frozen weights too, whose
-      gradient is then not computed).
+      gradient is then not computed);
+    - `linear_cross_entropy`, in the loss of Llama, Mistral, Qwen2, Qwen3, Gemma 2 and 3, Phi-3,
+      SmolLM3 and GPT-2 models in training, when they are called with labels: their output then
+      holds the loss and no logits.
 
     The loss and the gradients stay those of the untouched model to rounding. What is replaced
     already is left alone, so calling it twice is harmless.
@@ -84,7 +88,11 @@ def accelerate(
     Raises:
         ValueError: `only` or `without` names an unknown op.
     """
-    ops = {"attention": _accelerate_attention, "rms_norm": _accelerate_rms_norm}
+    ops = {
+        "attention": _accelerate_attention,
+        "linear_cross_entropy": _accelerate_loss,
+        "rms_norm": _accelerate_rms_norm,
+    }
     for argument, names in (("only", only), ("without", without)):
         for name in names or ():
             if name not in ops:
@@ -151,6 +159,21 @@ def _unfit_attention(model: Any) -> str | None:
     except RuntimeError as error:  # backends.BackendError is one
         return str(error)
     return None
+
+
+def _accelerate_loss(model: nn.Module, report: Report) -> None:
+    for name, module in list(model.named_modules()):
+        if not transformers_loss.looks_like_one(module):
+            continue
+        head = f"{name}.lm_head" if name else "lm_head"
+        reason = transformers_loss.unfit(module)
+        if reason:
+            report.left_alone[head] = reason
+            continue
+        weight: Any = module.lm_head.weight
+        backend = linear_cross_entropy_op.OP.resolve(None, weight.device.type, weight.dtype)
+        report._undo.append(transformers_loss.replace(module))
+        report.replaced[head] = ("linear_cross_entropy", backend)
 
 
 def _accelerate_rms_norm(model: nn.Module, report: Report) -> None:

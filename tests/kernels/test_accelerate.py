@@ -41,6 +41,7 @@ def test_loss_and_gradients_are_those_of_the_untouched_model(kind):
     accelerated = copy.deepcopy(model)
     report = accelerate(accelerated)
     assert report.replaced.pop("") == ("attention", "cpu")
+    assert report.replaced.pop("lm_head") == ("linear_cross_entropy", "cpu")
     assert len(report.replaced) == KINDS[kind][1]
     assert set(report.replaced.values()) == {("rms_norm", "cpu")}
     loss, gradients = loss_and_gradients(model)
@@ -58,6 +59,7 @@ def test_the_kernels_really_run():
     names = {event.key for event in profile.key_averages()}
     for op in ("rms_norm", "attention"):
         assert {f"gradsmith::{op}", f"gradsmith::{op}_backward"} <= names
+    assert "gradsmith::linear_cross_entropy_with_gradients" in names
 
 
 def test_undo_gives_the_model_back():
@@ -133,10 +135,13 @@ def test_mixed_dtypes_keep_the_modules_own_result():
 
 def test_only_and_without():
     model = tiny()
-    assert accelerate(model, without=["rms_norm", "attention"]).replaced == {}
+    assert (
+        accelerate(model, without=["rms_norm", "attention", "linear_cross_entropy"]).replaced == {}
+    )
     assert len(accelerate(model, only=["rms_norm"]).replaced) == 5
     assert model.config._attn_implementation == "sdpa"
-    assert accelerate(model, without=["rms_norm"]).replaced == {"": ("attention", "cpu")}
+    rest = {"": ("attention", "cpu"), "lm_head": ("linear_cross_entropy", "cpu")}
+    assert accelerate(model, without=["rms_norm"]).replaced == rest
     with pytest.raises(ValueError, match="did you mean 'rms_norm'"):
         accelerate(model, only=["rmsnorm"])
 

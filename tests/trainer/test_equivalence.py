@@ -44,7 +44,8 @@ def first_gradient(session: loop.Session) -> dict[str, torch.Tensor]:
     )
     targets = session.loader.target_tokens(session.step)
     for number, batch in enumerate(batches):
-        engine.backward(loop.nll_sum(engine, batch) * (world / targets), scale_wrt_gas=False)
+        nll = loop.nll_sum(engine, batch, session.fused_loss)
+        engine.backward(nll * (world / targets), scale_wrt_gas=False)
         if number < len(batches) - 1:
             engine.step()
     for name, parameter in engine.module.named_parameters():

@@ -69,6 +69,7 @@ class Session:
     loader: Loader
     engine: Any
     total: int | None  # steps, or None when time is the limit
+    fused_loss: bool = False  # whether the model computes its loss without its logits
     step: int = 0  # done
     tokens: int = 0  # read, without padding
     seconds: float = 0.0  # trained in earlier processes
@@ -171,7 +172,7 @@ def optimizer_step(session: Session, asked_to_stop: bool = False) -> tuple[float
         session.step, rank=rank, world=world, micro_batch=recipe.training.micro_batch
     )
     for batch in batches:
-        nll = nll_sum(engine, batch)
+        nll = nll_sum(engine, batch, session.fused_loss)
         total[0] += nll.detach().double().cpu()
         # DeepSpeed averages over the ranks; times the number of ranks that is the sum.
         engine.backward(nll * (world / max(1, targets)), scale_wrt_gas=False)
@@ -184,23 +185,31 @@ def optimizer_step(session: Session, asked_to_stop: bool = False) -> tuple[float
     return float(total[0]) / max(1, targets), norm, bool(total[1])
 
 
-def nll_sum(model: Any, batch: Batch) -> torch.Tensor:
+def nll_sum(model: Any, batch: Batch, fused: bool = False) -> torch.Tensor:
     """Σ −log p(target) over a micro-batch, in float32; a scalar that can be differentiated.
 
     Packed documents do not see each other: positions restart at each of them, and without a
     cache transformers derives from the positions where attention has to stop.
+
+    Args:
+        fused: the model's own loss is computed without the logits (`accelerate` has seen to that).
     """
     device = engines.device()
-    logits = model(
-        input_ids=batch.input_ids.to(device),
-        position_ids=batch.position_ids.to(device),
-        use_cache=False,
-    ).logits
+    inputs = {
+        "input_ids": batch.input_ids.to(device),
+        "position_ids": batch.position_ids.to(device),
+        "use_cache": False,
+    }
+    labels = batch.labels.to(device)
+    if fused:
+        # transformers' words for: these labels are shifted already, and divide their sum by 1.
+        loss: torch.Tensor = model(
+            **inputs, labels=labels, shift_labels=labels, num_items_in_batch=1
+        ).loss
+        return loss
+    logits = model(**inputs).logits
     return F.cross_entropy(
-        logits.flatten(0, 1).float(),
-        batch.labels.to(device).flatten(),
-        ignore_index=-100,
-        reduction="sum",
+        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum"
     )
 
 
@@ -275,6 +284,8 @@ def _build(recipe: Recipe, run: Run, fresh: bool) -> Session:
         recipe, run, data, loader, engines.build_engine(recipe, model), total_steps(recipe, loader)
     )
     kernels = _kernels(recipe, session.engine.module)
+    placed = kernels.get("accelerate", {}).get("replaced", {}).values()
+    session.fused_loss = any(op == "linear_cross_entropy" for op, _ in placed)
     if recipe.data.packing:
         session.engine.eval()
         guards.check_packing(session.engine)

@@ -1,0 +1,157 @@
+"""The loss of transformers' causal language models, without their logits.
+
+A model that is trained with labels computes its loss from all logits in float32. Here its class is
+given a `forward` that hands the hidden states and the labels to `lm_head` instead, and lm_head's
+class one that computes the loss. So whoever hooks into lm_head (DeepSpeed's ZeRO-3 gathers its
+weight there) still does. Without labels, in evaluation, or when some logits are asked for, the
+model's own forward runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradsmith_kernels import backends
+from gradsmith_kernels.linear_cross_entropy import linear_cross_entropy
+from gradsmith_kernels.linear_cross_entropy.op import FLOATS, OP
+
+# Classes whose logits are lm_head's of the last hidden state, with Gemma's softcap at most, and
+# whose loss is transformers' ForCausalLMLoss. Others scale the logits (Granite, Cohere) or add to
+# the loss (mixtures of experts).
+MODELS = (
+    "Gemma2ForCausalLM",
+    "Gemma3ForCausalLM",
+    "GPT2LMHeadModel",
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Phi3ForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "SmolLM3ForCausalLM",
+)
+
+
+class Accelerated:
+    """Marks the classes that are made here."""
+
+
+def looks_like_one(module: nn.Module) -> bool:
+    # Not hasattr: peft's models hand on what the model within has.
+    named = type(module).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    return named and "lm_head" in dict(module.named_children())
+
+
+def unfit(model: Any) -> str | None:
+    """Why a causal model of transformers computes its loss as before."""
+    cls, head = type(model), model.lm_head
+    if isinstance(model, Accelerated):
+        return "already accelerated"
+    if not cls.__module__.startswith("transformers.models.") or cls.__name__ not in MODELS:
+        return f"{cls.__name__} is not a class whose loss is known to be lm_head's cross-entropy"
+    if type(head) is not nn.Linear:
+        return f"its lm_head is a {type(head).__module__}.{type(head).__name__}, not a plain Linear"
+    if vars(model).get("_loss_function") is not None:
+        return "somebody has given it another loss"
+    if head.weight.device.type == "meta":
+        return "its lm_head is on the meta device: accelerate the model after loading it"
+    if head.weight.dtype not in FLOATS:
+        return f"its lm_head is {head.weight.dtype}, beyond what the kernels take"
+    try:
+        OP.resolve(None, head.weight.device.type, head.weight.dtype)
+    except backends.BackendError as error:
+        return str(error)
+    return None
+
+
+def replace(model: Any) -> Callable[[], None]:
+    """Gives a fit model the loss; returns what undoes it."""
+    head, cls = model.lm_head, type(model)
+    model.__class__ = _with_loss(cls)
+    head.__class__ = _Head
+
+    def undo() -> None:
+        model.__class__ = cls
+        head.__class__ = nn.Linear
+
+    return undo
+
+
+class _Head(Accelerated, nn.Linear):
+    def forward(self, input: Tensor, target: Tensor | None = None, **options: Any) -> Tensor:
+        if target is None:
+            return super().forward(input)
+        dtype, device = self.weight.dtype, input.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return linear_cross_entropy(
+            input.to(dtype), self.weight.to(dtype), target, bias=bias, **options
+        )
+
+
+_classes: dict[type, type] = {}
+
+
+def _with_loss(cls: type) -> type:
+    if cls not in _classes:
+        original: Any = cls.forward  # type: ignore[attr-defined]
+
+        @functools.wraps(original)  # the HF Trainer and generate() read its signature
+        def forward(self: Any, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+            if labels is None:
+                return original(self, *args, **kwargs)
+            plain = (
+                not self.training
+                or type(self.lm_head) is not _Head  # replaced since, by peft for instance
+                or not isinstance(kwargs.get("logits_to_keep", 0), int)
+                or kwargs.get("logits_to_keep", 0) != 0
+                or kwargs.get("return_dict", self.config.return_dict) is False
+            )
+            if plain:
+                return original(self, *args, labels=labels, **kwargs)
+            return _forward(self, labels, *args, **kwargs)
+
+        # Its name, which save_pretrained writes into the config, stays.
+        names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+        _classes[cls] = type(cls.__name__, (Accelerated, cls), {"forward": forward, **names})
+    return _classes[cls]
+
+
+def _forward(
+    self: Any,
+    labels: Tensor,
+    *args: Any,
+    shift_labels: Tensor | None = None,
+    num_items_in_batch: int | Tensor | None = None,
+    ignore_index: int = -100,
+    logits_to_keep: int = 0,
+    **kwargs: Any,
+) -> Any:
+    """As transformers' forward and ForCausalLMLoss do it."""
+    outputs = self.base_model(*args, **kwargs)
+    if shift_labels is None:
+        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    loss = self.lm_head(
+        outputs.last_hidden_state,
+        target=shift_labels.to(outputs.last_hidden_state.device),
+        softcap=getattr(self.config, "final_logit_softcapping", None) or 0.0,
+        ignore_index=ignore_index,
+        reduction="mean" if num_items_in_batch is None else "sum",
+    )
+    if num_items_in_batch is not None:
+        if isinstance(num_items_in_batch, Tensor):
+            num_items_in_batch = num_items_in_batch.to(loss.device)
+        loss = loss / num_items_in_batch
+    output = sys.modules["transformers"].modeling_outputs.CausalLMOutputWithPast
+    return output(
+        loss=loss,
+        past_key_values=outputs.past_key_values,
+        hidden_states=outputs.hidden_states,
+        attentions=outputs.attentions,
+    )

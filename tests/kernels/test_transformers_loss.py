@@ -1,0 +1,155 @@
+"""The loss of transformers' causal models without their logits."""
+
+import copy
+import inspect
+
+import pytest
+import torch
+from torch import nn
+
+from gradsmith_kernels import accelerate
+
+transformers = pytest.importorskip("transformers")
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 50}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+SIZES |= {"bos_token_id": 1, "eos_token_id": 2}
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 50, "resid_pdrop": 0.0}
+GPT2 |= {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 1, "eos_token_id": 2}
+MODELS = {
+    "LlamaConfig": SIZES,
+    "MistralConfig": SIZES,
+    "Qwen2Config": SIZES,
+    "Qwen3Config": SIZES | {"head_dim": 8, "tie_word_embeddings": True},
+    "Gemma2Config": SIZES | {"head_dim": 8, "final_logit_softcapping": 3.0},
+    "Gemma3TextConfig": SIZES | {"head_dim": 8},
+    "Phi3Config": SIZES,
+    "SmolLM3Config": SIZES,
+    "GPT2Config": GPT2,
+}
+
+
+def tiny(config="LlamaConfig", **changes):
+    torch.manual_seed(0)
+    made = getattr(transformers, config)(**(MODELS.get(config, SIZES) | changes))
+    return transformers.AutoModelForCausalLM.from_config(made).train()
+
+
+def fuse(model):
+    return accelerate(model, only=["linear_cross_entropy"])
+
+
+TOKENS = torch.arange(40).reshape(2, 20) % 47 + 3
+LABELS = torch.where(TOKENS % 5 == 0, -100, TOKENS)
+
+
+def loss_and_gradients(model, **options):
+    output = model(input_ids=TOKENS, **({"labels": LABELS} | options))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return output, torch.autograd.grad(output.loss, parameters)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_items_in_batch": 7, "shift_labels": LABELS}], ids=str
+)
+@pytest.mark.parametrize("config", MODELS)
+def test_loss_and_gradients_are_those_of_the_untouched_model(config, options):
+    model = tiny(config)
+    expected, gradients = loss_and_gradients(model, **options)
+    assert fuse(model).replaced == {"lm_head": ("linear_cross_entropy", "cpu")}
+    output, ours = loss_and_gradients(model, **options)
+    assert output.logits is None
+    torch.testing.assert_close(output.loss, expected.loss)
+    for one, other in zip(ours, gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_logits_are_there_where_they_are_asked_for():
+    model = tiny()
+    fuse(model)
+    assert model(input_ids=TOKENS).logits.shape == (2, 20, 50)
+    assert model(input_ids=TOKENS, labels=LABELS, logits_to_keep=20).logits is not None
+    assert model(input_ids=TOKENS, labels=LABELS, return_dict=False)[1].shape == (2, 20, 50)
+    model.eval()
+    assert model(input_ids=TOKENS, labels=LABELS).logits.shape == (2, 20, 50)
+    assert model.generate(TOKENS, max_new_tokens=2, do_sample=False).shape == (2, 22)
+
+
+def test_names_signature_and_undo(tmp_path):
+    model = tiny()
+    before = {name: type(module) for name, module in model.named_modules()}
+    keys, signature = list(model.state_dict()), inspect.signature(model.forward)
+    report = fuse(model)
+    assert list(model.state_dict()) == keys
+    assert inspect.signature(model.forward) == signature
+    model.save_pretrained(tmp_path)
+    saved = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert saved.architectures == ["LlamaForCausalLM"]
+    assert fuse(model).left_alone == {"lm_head": "already accelerated"}
+    report.undo()
+    assert {name: type(module) for name, module in model.named_modules()} == before
+
+
+def test_hooks_on_lm_head_run_around_the_loss():
+    """As DeepSpeed's do, which gather the weight and let it go again."""
+    model, seen = tiny(), []
+    model.lm_head.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].shape))
+    model.lm_head.register_forward_hook(lambda _, arguments, output: seen.append(output.shape))
+    fuse(model)
+    loss_and_gradients(model)
+    assert seen == [(2, 20, 32), ()]
+
+
+def test_under_autocast_it_computes_in_that_dtype():
+    model = tiny()
+    twin = copy.deepcopy(model)
+    fuse(twin)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, theirs = loss_and_gradients(model)
+        output, ours = loss_and_gradients(twin)
+    assert output.logits is None
+    torch.testing.assert_close(output.loss, expected.loss, rtol=1e-3, atol=1e-3)
+    assert ours[-1].dtype == theirs[-1].dtype == torch.float32
+    torch.testing.assert_close(ours[-1], theirs[-1], rtol=5e-2, atol=1e-3)
+
+
+def test_what_is_left_alone_is_named():
+    def why(model):
+        report = fuse(model)
+        assert report.replaced == {}
+        return report.left_alone["lm_head"]
+
+    assert "GraniteForCausalLM is not a class" in why(tiny("GraniteConfig"))
+    assert "torch.float64, beyond" in why(tiny().double())
+    assert "meta device" in why(tiny().to("meta"))
+    custom = tiny()
+    custom.loss_function = lambda *_, **__: torch.zeros(())
+    assert "another loss" in why(custom)
+
+
+def test_an_adapter_on_lm_head_is_left_alone_and_one_beside_it_is_not():
+    peft = pytest.importorskip("peft")
+
+    def adapted(target):
+        config = peft.LoraConfig(r=2, target_modules=[target], task_type="CAUSAL_LM")
+        return peft.get_peft_model(tiny(), config)
+
+    (why,) = fuse(adapted("lm_head")).left_alone.values()
+    assert "its lm_head is a peft." in why
+    model = adapted("q_proj")
+    expected, theirs = loss_and_gradients(model)
+    assert list(fuse(model).replaced) == ["base_model.model.lm_head"]
+    output, ours = loss_and_gradients(model)
+    torch.testing.assert_close(output.loss, expected.loss)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_an_adapter_that_comes_later_gets_its_own_forward():
+    peft = pytest.importorskip("peft")
+    model = tiny()
+    fuse(model)
+    config = peft.LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM")
+    late = peft.get_peft_model(model, config)
+    assert late(input_ids=TOKENS, labels=LABELS).logits is not None
+    assert isinstance(model.lm_head.base_layer, nn.Linear)
