@@ -151,6 +151,7 @@ class LinearCrossEntropySpec(Spec):
                 one((1,), 1, 1),
                 one((1,), 8, 3, interpret=False),
                 one((7,), 5, 300),
+                one((600,), 4, 16),
                 one((2, 50), 130, 513, bias=True, reduction="none"),
                 one((300,), 96, 1000, chunk=100, reduction="sum"),
                 one((193,), 66, 517, ignored=0.4, reduction="none", chunk=7),
