@@ -11,6 +11,7 @@
 #include "attention/attention_cpu.h"
 #include "common/cpu.h"
 #include "common/parallel.h"
+#include "linear/linear_cpu.h"
 #include "linear_cross_entropy/linear_cross_entropy_cpu.h"
 #include "optimizer_step/optimizer_step_cpu.h"
 #include "rms_norm/rms_norm_cpu.h"
@@ -67,6 +68,18 @@ void rms_norm_backward_binding(uintptr_t dy, int64_t dy_stride, uintptr_t dh, in
                           rows,
                           cols};
   rms_norm_backward(a, x_dtype, weight_dtype, threads);
+}
+
+// a and b: address, row stride, whether it is turned. shape: rows, columns, depth.
+void linear_product_binding(const std::tuple<uintptr_t, int64_t, bool>& a,
+                            const std::tuple<uintptr_t, int64_t, bool>& b, uintptr_t bias,
+                            uintptr_t c, const std::array<int64_t, 3>& shape, int threads) {
+  const auto& [a_at, a_stride, a_turned] = a;
+  const auto& [b_at, b_stride, b_turned] = b;
+  const LinearProduct p{pointer(a_at), pointer(b_at), pointer(bias), pointer(c), a_stride,
+                        b_stride,      shape[0],      shape[1],      shape[2],   a_turned,
+                        b_turned};
+  linear_product(p, threads);
 }
 
 // hidden and weight: address and row stride. shapes: rows, vocabulary, size, chunk. options: label
@@ -329,6 +342,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("rms_norm_block_rows", rms_norm_block_rows, "Rows in a block of dweight's partial sums.");
   m.def("attention_forward", attention_forward_binding, no_gil);
   m.def("attention_backward", attention_backward_binding, no_gil);
+  m.def("linear_product", linear_product_binding, no_gil);
   m.def("linear_cross_entropy", linear_cross_entropy_binding, no_gil);
   m.def("scale_rows", scale_rows_binding, no_gil);
 

@@ -14,6 +14,7 @@ your machine, and `gradsmith_kernels.backends.availability()` says what runs whe
 from gradsmith_kernels import backends, optim
 from gradsmith_kernels.accelerate import accelerate
 from gradsmith_kernels.attention import attention, attention_varlen
+from gradsmith_kernels.linear import linear
 from gradsmith_kernels.linear_cross_entropy import linear_cross_entropy
 from gradsmith_kernels.rms_norm import rms_norm
 
@@ -22,6 +23,7 @@ __all__ = [
     "attention",
     "attention_varlen",
     "backends",
+    "linear",
     "linear_cross_entropy",
     "optim",
     "rms_norm",

@@ -83,6 +83,15 @@ def attention_backward(
     threads: int,
     /,
 ) -> None: ...
+def linear_product(
+    a: tuple[int, int, bool],
+    b: tuple[int, int, bool],
+    bias: int,
+    c: int,
+    shape: tuple[int, int, int],
+    threads: int,
+    /,
+) -> None: ...
 def linear_cross_entropy(
     hidden: tuple[int, int],
     weight: tuple[int, int],

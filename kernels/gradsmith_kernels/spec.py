@@ -143,8 +143,11 @@ def in_float64(inputs: Inputs) -> Inputs:
     return {name: convert(value) for name, value in inputs.items()}
 
 
-def all_specs() -> list[Spec]:
-    """The spec of every op folder, by name. An op without one is an error."""
+def all_specs(backend: str | None = None) -> list[Spec]:
+    """The spec of every op, or of every op that has `backend`, by name.
+
+    An op's folder without one is an error.
+    """
     specs = []
     for name in op_names():
         module = f"gradsmith_kernels.{name}.spec"
@@ -154,5 +157,6 @@ def all_specs() -> list[Spec]:
             if error.name is None or not module.startswith(error.name):
                 raise
             raise RuntimeError(f"the op {name} has no spec.py: see docs/adding-an-op.md") from None
-        specs.append(spec)
+        if backend is None or backend in spec.op.implementations:
+            specs.append(spec)
     return specs

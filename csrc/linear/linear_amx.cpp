@@ -1,0 +1,3 @@
+#include "linear/linear_kernels.h"
+
+const LinearKernels linear_amx = LinearOf<TileEngine>::table();

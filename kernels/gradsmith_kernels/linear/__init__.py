@@ -1,0 +1,40 @@
+"""A linear layer whose three products are ours where that is faster than torch's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import gradsmith_kernels.linear.op  # noqa: F401 - registers gradsmith::linear
+
+__all__ = ["linear"]
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None
+) -> Tensor:
+    """The linear layer y = x weight^T + bias, its input's and its weight's gradient.
+
+        dx = dy weight,    dweight = dy^T x,    dbias = the sum of dy's rows
+
+    For bfloat16 on CPUs with AMX the products are those of csrc/linear, which pack each operand
+    once into what the tiles take. Everywhere else, and for few rows, they are torch's, which run at
+    the rate of the machine (docs/log.md, "Linear").
+
+    Args:
+        x: (..., K), any floating dtype. Rows may have any stride.
+        weight: (N, K), of x's dtype.
+        bias: (N,), of x's dtype, or None.
+        backend: reference (torch's products) or cpu (bfloat16; any CPU); None chooses as above.
+
+    Returns:
+        y: (..., N), contiguous, of x's dtype. Sums are in float32 and rounded once; the same inputs
+        give the same bits for any number of threads on the cpu backend.
+
+    Raises:
+        ValueError: shapes or devices do not fit.
+        TypeError: a dtype is not one of the above.
+        BackendError: the backend cannot run here.
+    """
+    y: Tensor = torch.ops.gradsmith.linear.default(x, weight, bias, backend)
+    return y

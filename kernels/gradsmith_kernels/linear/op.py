@@ -1,0 +1,166 @@
+"""gradsmith::linear: schemas, checks, fakes, autograd, backends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradsmith_kernels.backends import Implementation, Op, native
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class _LinearOp(Op):
+    """Where nobody asks for a backend, ours is taken where it is made to win: on AMX."""
+
+    def _default(self, device: str, dtype: torch.dtype) -> str:
+        found = native() if device == "cpu" and dtype == torch.bfloat16 else None
+        return "cpu" if found is not None and found["isa"] == "amx" else "reference"
+
+
+OP = _LinearOp(
+    "linear",
+    {
+        "reference": Implementation(f"{__package__}.reference", FLOATS),
+        "cpu": Implementation(f"{__package__}.cpu", (torch.bfloat16,)),
+    },
+)
+
+torch.library.define(
+    "gradsmith::linear", "(Tensor x, Tensor weight, Tensor? bias, str? backend=None) -> Tensor"
+)
+torch.library.define(
+    "gradsmith::linear_backward",
+    "(Tensor dy, Tensor x, Tensor weight, bool need_dx, bool need_dweight, bool need_dbias,"
+    " str? backend=None) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.dtype not in FLOATS:
+            raise TypeError(
+                f"linear: {name} is {tensor.dtype}; it must be float32, bfloat16, float16 or "
+                "float64"
+            )
+        if tensor.dtype != x.dtype:
+            raise TypeError(f"linear: {name} is {tensor.dtype}, x is {x.dtype}; they must agree")
+        if tensor.device != x.device:
+            raise ValueError(f"linear: x is on {x.device}, {name} on {tensor.device}")
+    if x.dim() == 0 or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(
+            "linear: weight must be (N, K) and x (..., K): x is "
+            f"{tuple(x.shape)}, weight is {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"linear: bias must be ({weight.shape[0]},); it is {tuple(bias.shape)}")
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None = None) -> Tensor:
+    _check(x, weight, bias)
+    y: Tensor = OP.choose(backend, x.device, x.dtype).forward(x, weight, bias)
+    return y
+
+
+def _linear_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None = None
+) -> Tensor:
+    _check(x, weight, bias)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    need_dx: bool,
+    need_dweight: bool,
+    need_dbias: bool,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    needs = (need_dx, need_dweight, need_dbias)
+    gradients: tuple[Tensor, Tensor, Tensor] = OP.choose(backend, x.device, x.dtype).backward(
+        dy, x, weight, needs
+    )
+    return gradients
+
+
+def _linear_backward_fake(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    need_dx: bool,
+    need_dweight: bool,
+    need_dbias: bool,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape if need_dx else (0,)),
+        x.new_empty(weight.shape if need_dweight else (0,)),
+        x.new_empty(weight.shape[:1] if need_dbias else (0,)),
+    )
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None
+    ) -> Tensor:
+        # What no gradient needs is not kept: x under frozen weights, weight under frozen inputs.
+        of_x, of_weight, of_bias, _ = ctx.needs_input_grad
+        ctx.needs, ctx.backend = (of_x, of_weight, of_bias), backend
+        ctx.shapes = x.shape, weight.shape
+        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
+        with torch._C._AutoDispatchBelowAutograd():
+            y: Tensor = torch.ops.gradsmith.linear.default(x, weight, bias, backend)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        # Stands in, without memory, for a tensor of which the products read the shape alone.
+        x, weight = (
+            dy.new_empty(1).expand(shape) if tensor is None else tensor
+            for tensor, shape in zip((x, weight), ctx.shapes, strict=True)
+        )
+        gradients = torch.ops.gradsmith.linear_backward.default(
+            dy, x, weight, *ctx.needs, ctx.backend
+        )
+        return *(d if need else None for d, need in zip(gradients, ctx.needs, strict=True)), None
+
+
+class _LinearBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            dx, dweight, dbias = torch.ops.gradsmith.linear_backward.default(*args)
+        return dx, dweight, dbias
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError("linear has no second derivative (create_graph=True)")
+
+
+def _linear_autograd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None = None
+) -> Any:
+    return _Linear.apply(x, weight, bias, backend)  # type: ignore[no-untyped-call]
+
+
+def _linear_backward_autograd(*args: Any) -> Any:
+    backend = args[6] if len(args) > 6 else None
+    return _LinearBackward.apply(*args[:6], backend)  # type: ignore[no-untyped-call]
+
+
+# Registered by hand: half the price of torch.library.register_autograd (docs/log.md).
+for _name, _function, _fake, _autograd in (
+    ("linear", _linear, _linear_fake, _linear_autograd),
+    ("linear_backward", _linear_backward, _linear_backward_fake, _linear_backward_autograd),
+):
+    torch.library.impl(f"gradsmith::{_name}", "CompositeExplicitAutograd", _function)
+    torch.library.impl(f"gradsmith::{_name}", "Autograd", _autograd)
+    torch.library.register_fake(f"gradsmith::{_name}", _fake)
