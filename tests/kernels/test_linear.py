@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from gradsmith_kernels import _native, backends, linear
-from gradsmith_kernels.linear.op import OP
+from gradsmith_kernels.linear.op import OP, dweight_backend
 
 
 def tensors(rows, size, outputs, dtype=torch.bfloat16):
@@ -56,9 +56,11 @@ def test_a_few_rows_are_torchs():
 
 def test_what_is_chosen():
     ours = "cpu" if _native.isa() == "amx" else "reference"
-    assert OP.resolve(None, "cpu", torch.bfloat16) == ours
-    assert OP.resolve(None, "cpu", torch.float32) == "reference"
-    assert OP.resolve(None, "cuda", torch.bfloat16) == "reference"
+    assert dweight_backend("cpu", torch.bfloat16) == ours
+    assert dweight_backend("cpu", torch.float32) == "reference"
+    assert dweight_backend("cuda", torch.bfloat16) == "reference"
+    for device in ("cpu", "cuda"):
+        assert OP.resolve(None, device, torch.bfloat16) == "reference"
     with pytest.raises(backends.BackendError, match=r"not torch\.float32"):
         OP.resolve("cpu", "cpu", torch.float32)
 

@@ -17,19 +17,20 @@ def linear(
 
         dx = dy weight,    dweight = dy^T x,    dbias = the sum of dy's rows
 
-    For bfloat16 on CPUs with AMX the products are those of csrc/linear, which pack each operand
-    once into what the tiles take. Everywhere else, and for few rows, they are torch's, which run at
-    the rate of the machine (docs/log.md, "Linear").
+    On CPUs with AMX the weight's gradient in bfloat16 is computed by csrc/linear, which packs each
+    operand once into what the tiles take. Everything else, and everything with few rows, is torch's
+    product, which runs near the rate of the machine (docs/log.md, "Linear").
 
     Args:
         x: (..., K), any floating dtype. Rows may have any stride.
         weight: (N, K), of x's dtype.
         bias: (N,), of x's dtype, or None.
-        backend: reference (torch's products) or cpu (bfloat16; any CPU); None chooses as above.
+        backend: reference (torch's products) or cpu (all three by csrc/linear; bfloat16, any CPU);
+            None chooses as above.
 
     Returns:
-        y: (..., N), contiguous, of x's dtype. Sums are in float32 and rounded once; the same inputs
-        give the same bits for any number of threads on the cpu backend.
+        y: (..., N), contiguous, of x's dtype. Sums are in float32 and rounded once; on
+        the cpu backend the same inputs give the same bits for any number of threads.
 
     Raises:
         ValueError: shapes or devices do not fit.
