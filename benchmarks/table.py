@@ -17,10 +17,16 @@ def show(machine: dict[str, Any], rates: dict[str, float], rows: list[dict[str, 
     ]
     width = max(len(row["key"]) for row in rows)
     for row in rows:
-        ours = row["times"]["gradsmith"]["median"]
-        lines.append(f"{row['key']:{width}}  {_time(ours)}  {_share(row, ours, rates)}")
+        if "peak_bytes" in row:  # of memory, not of time
+            values = {name: f"{peak / 2**20:8,.0f} MB" for name, peak in row["peak_bytes"].items()}
+            ours, gain = "gradsmith", "ours is 1/{:.1f}"
+        else:
+            seconds = {name: times["median"] for name, times in row["times"].items()}
+            values = {name: _time(median) for name, median in seconds.items()}
+            ours, gain = _share(row, seconds["gradsmith"], rates), "ours is {:.2f}x"
+        lines.append(f"{row['key']:{width}}  {values['gradsmith']}  {ours}")
         lines += [
-            f"{'':{width}}  {_time(row['times'][peer]['median'])}  {peer}: ours is {ratio:.2f}x"
+            f"{'':{width}}  {values[peer]}  {peer}: {gain.format(ratio)}"
             for peer, ratio in row["ratios"].items()
         ]
     return "\n".join(lines)

@@ -1,0 +1,67 @@
+"""The memory that a loss takes, forward and backward: the peak of a process of its own for each
+contender, above what the inputs take."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+CONTENDERS = {
+    "gradsmith": "linear_cross_entropy(hidden, weight, target)",
+    "torch": "F.cross_entropy(F.linear(hidden, weight), target)",
+    "transformers eager": "F.cross_entropy(F.linear(hidden, weight).float(), target)",
+}
+PROGRAM = """
+import json, resource, sys
+import torch
+import torch.nn.functional as F
+from gradsmith_kernels import linear_cross_entropy
+
+def peak():
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+def inputs(tokens, size, vocabulary):
+    hidden = torch.randn(tokens, size).bfloat16().requires_grad_()
+    weight = torch.randn(vocabulary, size).mul_(size**-0.5).bfloat16().requires_grad_()
+    return hidden, weight, torch.randint(vocabulary, (tokens,))
+
+def loss(hidden, weight, target):
+    return {expression}
+
+loss(*inputs(64, 32, 100)).backward()  # the libraries' own memory
+given = inputs({tokens}, {size}, {vocabulary})
+before = peak()
+value = loss(*given)
+value.backward()
+print(json.dumps({{"loss": value.item(), "bytes": peak() - before}}))
+"""
+
+
+@pytest.mark.parametrize(("tokens", "size", "vocabulary"), [(8192, 768, 131072)])
+def test_loss(
+    tokens: int, size: int, vocabulary: int, rows: list[dict[str, Any]], quick: bool
+) -> None:
+    tokens = tokens // 8 if quick else tokens
+    peaks, losses = {}, []
+    for name, expression in CONTENDERS.items():
+        program = PROGRAM.format(
+            expression=expression, tokens=tokens, size=size, vocabulary=vocabulary
+        )
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        result = json.loads(done.stdout)
+        peaks[name] = result["bytes"]
+        losses.append(result["loss"])
+    assert losses == pytest.approx([losses[0]] * len(losses), rel=0.05)  # of other random numbers
+    ours = peaks["gradsmith"]
+    rows.append(
+        {
+            "key": f"loss, peak memory {tokens}x{size}x{vocabulary} bfloat16",
+            "peak_bytes": peaks,
+            "ratios": {name: peak / ours for name, peak in peaks.items() if name != "gradsmith"},
+        }
+    )
