@@ -32,6 +32,8 @@ torch.library.define(
 
 
 def _check(x: list[Tensor], cos: Tensor, sin: Tensor) -> None:
+    if len(x) not in (1, 2):
+        raise ValueError(f"rope: x holds {len(x)} tensors; it must hold one or two")
     q = x[0]
     if q.dtype not in (*FLOATS, torch.float64):
         raise TypeError(
