@@ -15,6 +15,7 @@
 #include "linear_cross_entropy/linear_cross_entropy_cpu.h"
 #include "optimizer_step/optimizer_step_cpu.h"
 #include "rms_norm/rms_norm_cpu.h"
+#include "rope/rope_cpu.h"
 
 namespace py = pybind11;
 
@@ -325,6 +326,32 @@ void attention_backward_binding(const View& q, const View& k, const View& v, con
   attention_backward(a, batch, dtype, threads);
 }
 
+// tensors, one or two: view, address of the result, heads. cos and sin: address, strides of batch
+// and row. shapes: batch, length, size, rotated.
+void rope_binding(const std::vector<std::tuple<View, uintptr_t, int64_t>>& tensors,
+                  const std::tuple<uintptr_t, int64_t, int64_t>& cos,
+                  const std::tuple<uintptr_t, int64_t, int64_t>& sin,
+                  const std::array<int64_t, 4>& shapes, bool interleaved, bool transposed,
+                  int dtype, int table_dtype, int threads) {
+  Rope a{};
+  for (const auto& [view, y, heads] : tensors) {
+    const auto& [x, batch, row, head] = view;
+    a.tensors[a.count++] = {pointer(x), batch, row, head, pointer(y), heads};
+  }
+  const auto table = [](const std::tuple<uintptr_t, int64_t, int64_t>& t) {
+    return RopeTable{pointer(std::get<0>(t)), std::get<1>(t), std::get<2>(t)};
+  };
+  a.cos = table(cos);
+  a.sin = table(sin);
+  a.length = shapes[1];
+  a.size = shapes[2];
+  a.rotated = shapes[3];
+  a.interleaved = interleaved;
+  a.transposed = transposed;
+  a.table_dtype = table_dtype;
+  rope(a, shapes[0], dtype, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -344,6 +371,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("attention_backward", attention_backward_binding, no_gil);
   m.def("linear_product", linear_product_binding, no_gil);
   m.def("linear_cross_entropy", linear_cross_entropy_binding, no_gil);
+  m.def("rope", rope_binding, no_gil);
   m.def("scale_rows", scale_rows_binding, no_gil);
 
   py::class_<StepPlan>(m, "StepPlan", "Tensors that an optimizer steps together.")

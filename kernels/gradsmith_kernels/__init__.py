@@ -1,8 +1,9 @@
 """gradsmith's kernels: training ops with a definition in plain PyTorch and fast backends beside it.
 
->>> from gradsmith_kernels import attention, rms_norm, optim, accelerate
+>>> from gradsmith_kernels import attention, rms_norm, rope, optim, accelerate
 >>> out = attention(q, k, v, causal=True)                  # (B, S, H, D), as flash-attention
 >>> y = rms_norm(x, weight)                                # or rms_norm(x, weight, residual=r)
+>>> q, k = rope(q, k, cos, sin)                            # rotary embedding, one pass over both
 >>> loss = linear_cross_entropy(hidden, lm_head.weight, target)   # without the logits
 >>> optimizer = optim.AdamW(model.parameters(), lr=3e-4)   # a torch.optim.Optimizer
 >>> report = accelerate(model)                             # our kernels under a transformers model
@@ -17,6 +18,7 @@ from gradsmith_kernels.attention import attention, attention_varlen
 from gradsmith_kernels.linear import linear
 from gradsmith_kernels.linear_cross_entropy import linear_cross_entropy
 from gradsmith_kernels.rms_norm import rms_norm
+from gradsmith_kernels.rope import rope
 
 __all__ = [
     "accelerate",
@@ -27,4 +29,5 @@ __all__ = [
     "linear_cross_entropy",
     "optim",
     "rms_norm",
+    "rope",
 ]

@@ -105,6 +105,18 @@ def linear_cross_entropy(
     threads: int,
     /,
 ) -> None: ...
+def rope(
+    tensors: Sequence[tuple[_View, int, int]],
+    cos: tuple[int, int, int],
+    sin: tuple[int, int, int],
+    shapes: tuple[int, int, int, int],
+    interleaved: bool,
+    transposed: bool,
+    dtype: int,
+    table_dtype: int,
+    threads: int,
+    /,
+) -> None: ...
 def scale_rows(
     x: int,
     stride: int,

@@ -1,0 +1,3 @@
+#include "rope/rope_kernels.h"
+
+const RopeKernels rope_avx512 = {rotate};
