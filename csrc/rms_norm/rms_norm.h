@@ -1,4 +1,4 @@
-// RMSNorm over rows of x, with h = x (+ residual):  y = h * rstd * weight,
+// RMSNorm over rows of x, with h = x (+ residual):  y = h * rstd * (offset + weight),
 // rstd = 1 / sqrt(mean(h^2) + eps).
 #pragma once
 
@@ -13,6 +13,7 @@ struct RmsNormForward {
   float* rstd;           // [rows]
   int64_t x_stride, residual_stride, cols;
   double eps;
+  float offset;
 };
 
 struct RmsNormBackward {
@@ -25,6 +26,7 @@ struct RmsNormBackward {
   float* partial;      // [blocks, cols]: dweight summed over each block of rows; or null
   void* dweight;       // [cols], dtype weight
   int64_t dy_stride, dh_stride, h_stride, rows, cols;
+  float offset;
 };
 
 // dweight is summed over blocks of rows, and then over the blocks, in an order that follows from

@@ -18,6 +18,7 @@ struct Forward {
     T* y = static_cast<T*>(a.y) + i * a.cols;
     const typename W::T* weight = static_cast<const typename W::T*>(a.weight);
     const int64_t cols = a.cols;
+    const float offset = a.offset;
 
     const auto square = [&](int64_t j, int64_t n, Vec into) ALWAYS_INLINE {
       Vec v = load<X>(x + j, n);
@@ -44,7 +45,7 @@ struct Forward {
 
     const T* from = kResidual ? h : x;
     const auto normalize = [&](int64_t j, int64_t n) ALWAYS_INLINE {
-      store<X>(y + j, load<X>(from + j, n) * rstd * load<W>(weight + j, n), n);
+      store<X>(y + j, load<X>(from + j, n) * rstd * (load<W>(weight + j, n) + offset), n);
     };
     for (j = 0; j + kLanes <= cols; j += kLanes) normalize(j, kLanes);
     if (j < cols) normalize(j, cols - j);
@@ -55,7 +56,7 @@ struct Forward {
   }
 };
 
-// With g = dy * weight and c = rstd^3 * mean(g * h):  dx = g * rstd - h * c (+ dh),
+// With g = dy * (offset + weight) and c = rstd^3 * mean(g * h):  dx = g * rstd - h * c (+ dh),
 // dweight = sum over rows of dy * h * rstd.
 template <class X, class W, bool kUpstream, bool kWeight>
 struct Backward {
@@ -69,8 +70,10 @@ struct Backward {
     const T *dy = row_of(a.dy, a.dy_stride, i), *h = row_of(a.h, a.h_stride, i);
     const typename W::T* weight = static_cast<const typename W::T*>(a.weight);
     const int64_t cols = a.cols;
+    const float offset = a.offset;
     const auto product = [&](int64_t j, int64_t n, Vec into) ALWAYS_INLINE {
-      return fma(load<X>(dy + j, n) * load<W>(weight + j, n), load<X>(h + j, n), into);
+      const Vec g = load<X>(dy + j, n) * (load<W>(weight + j, n) + offset);
+      return fma(g, load<X>(h + j, n), into);
     };
     Vec s[4] = {};
     int64_t j = 0;
@@ -99,8 +102,9 @@ struct Backward {
     }
     const typename W::T* weight = static_cast<const typename W::T*>(a.weight);
     const int64_t cols = a.cols;
+    const float offset = a.offset;
     const auto gradients = [&](int64_t j, int64_t n) ALWAYS_INLINE {
-      const Vec w = load<W>(weight + j, n);
+      const Vec w = load<W>(weight + j, n) + offset;
       Vec total = {};
       for (int r = 0; r < kRows; ++r) {
         const Vec d = load<X>(dy[r] + j, n) * a.rstd[i + r], v = load<X>(h[r] + j, n);
