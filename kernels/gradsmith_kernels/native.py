@@ -22,3 +22,11 @@ def as_rows(x: Tensor) -> tuple[Tensor, int]:
     if x.stride(1) != 1 and cols != 1:
         x = x.contiguous()
     return x, x.stride(0)
+
+
+def adjacent(x: Tensor) -> Tensor:
+    """`x` with the elements of its last dimension next to each other; copied only where not.
+
+    The caller keeps the tensor alive for as long as its address is in use.
+    """
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

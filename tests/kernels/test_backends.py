@@ -43,6 +43,7 @@ def test_availability_names_every_op_and_backend():
         "newton_schulz",
         "optimizer_step",
         "rms_norm",
+        "rope",
     }
     for reasons in table.values():
         assert tuple(reasons) == backends.BACKENDS

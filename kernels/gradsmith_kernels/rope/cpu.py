@@ -6,36 +6,20 @@ import torch
 from torch import Tensor
 
 from gradsmith_kernels import _native
-from gradsmith_kernels.native import DTYPE_CODES
-
-
-def _adjacent(x: Tensor) -> Tensor:
-    """x with the elements of its last dimension next to each other; copied only where they are not.
-
-    The caller keeps it for as long as its address is in use.
-    """
-    return x if x.stride(-1) == 1 else x.contiguous()
+from gradsmith_kernels.native import DTYPE_CODES, adjacent
 
 
 def rotate(
     tensors: list[Tensor], cos: Tensor, sin: Tensor, interleaved: bool, transposed: bool
 ) -> list[Tensor]:
     y = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]
-    x = [_adjacent(tensor) for tensor in tensors]
-    cos, sin = _adjacent(cos), _adjacent(sin)
+    x = [adjacent(tensor) for tensor in tensors]
+    cos, sin = adjacent(cos), adjacent(sin)
     batch, length, _, size = x[0].shape
-    views = [
-        ((a.data_ptr(), *a.stride()[:3]), b.data_ptr(), a.shape[2])
-        for a, b in zip(x, y, strict=True)
-    ]
-    tables = [
-        (table.data_ptr(), table.stride(0) if table.shape[0] > 1 else 0, table.stride(1))
-        for table in (cos, sin)
-    ]
     _native.rope(
-        views,
-        tables[0],
-        tables[1],
+        [(_view(a), b.data_ptr(), a.shape[2]) for a, b in zip(x, y, strict=True)],
+        _table(cos),
+        _table(sin),
         (batch, length, size, cos.shape[2]),
         interleaved,
         transposed,
@@ -44,3 +28,14 @@ def rotate(
         torch.get_num_threads(),
     )
     return y
+
+
+def _view(x: Tensor) -> tuple[int, int, int, int]:
+    """Address, and the strides of batch, row and head."""
+    batch, row, head, _ = x.stride()
+    return x.data_ptr(), batch, row, head
+
+
+def _table(table: Tensor) -> tuple[int, int, int]:
+    """Address, and the strides of batch (0 where all sequences share one) and row."""
+    return table.data_ptr(), table.stride(0) if table.shape[0] > 1 else 0, table.stride(1)

@@ -36,9 +36,7 @@ def _check(x: list[Tensor], cos: Tensor, sin: Tensor) -> None:
         raise ValueError(f"rope: x holds {len(x)} tensors; it must hold one or two")
     q = x[0]
     if q.dtype not in (*FLOATS, torch.float64):
-        raise TypeError(
-            f"rope: q is {q.dtype}; it must be float32, bfloat16, float16 or float64"
-        )
+        raise TypeError(f"rope: q is {q.dtype}; it must be float32, bfloat16, float16 or float64")
     if q.dim() != 4:
         raise ValueError(f"rope: q must be (B, S, H, D); it is {tuple(q.shape)}")
     batch, length, _, size = q.shape
