@@ -5,6 +5,7 @@
 >>> y = rms_norm(x, weight)                                # or rms_norm(x, weight, residual=r)
 >>> q, k = rope(q, k, cos, sin)                            # rotary embedding, one pass over both
 >>> y = swiglu(gate, up)                                   # silu(gate) * up; geglu likewise
+>>> y = layer_norm(x, weight, bias)                        # likewise
 >>> loss = linear_cross_entropy(hidden, lm_head.weight, target)   # without the logits
 >>> optimizer = optim.AdamW(model.parameters(), lr=3e-4)   # a torch.optim.Optimizer
 >>> report = accelerate(model)                             # our kernels under a transformers model
@@ -17,6 +18,7 @@ from gradsmith_kernels import backends, optim
 from gradsmith_kernels.accelerate import accelerate
 from gradsmith_kernels.attention import attention, attention_varlen
 from gradsmith_kernels.glu import geglu, swiglu
+from gradsmith_kernels.layer_norm import layer_norm
 from gradsmith_kernels.linear_cross_entropy import linear_cross_entropy
 from gradsmith_kernels.rms_norm import rms_norm
 from gradsmith_kernels.rope import rope
@@ -27,6 +29,7 @@ __all__ = [
     "attention_varlen",
     "backends",
     "geglu",
+    "layer_norm",
     "linear_cross_entropy",
     "optim",
     "rms_norm",

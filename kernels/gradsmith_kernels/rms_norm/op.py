@@ -37,32 +37,42 @@ torch.library.define(
 )
 
 
-def _check(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float) -> None:
-    for name, tensor in (("x", x), ("weight", weight)):
+def check_norm(
+    op: str, x: Tensor, residual: Tensor | None, eps: float, **parameters: Tensor | None
+) -> None:
+    """What every norm over the last dimension asks of its arguments; `parameters` may be None."""
+    given = [(name, tensor) for name, tensor in parameters.items() if tensor is not None]
+    for name, tensor in (("x", x), *given):
         if tensor.dtype not in (*FLOATS, torch.float64):
             raise TypeError(
-                f"rms_norm: {name} is {tensor.dtype}; it must be float32, bfloat16, float16 or "
-                "float64"
+                f"{op}: {name} is {tensor.dtype}; it must be float32, bfloat16, float16 or float64"
             )
-    if (x.dtype == torch.float64) != (weight.dtype == torch.float64):
-        raise TypeError(f"rms_norm: float64 does not mix: x is {x.dtype}, weight {weight.dtype}")
-    if x.dim() == 0 or weight.shape != x.shape[-1:]:
-        raise ValueError(
-            f"rms_norm: weight must have the size of x's last dimension: x is {tuple(x.shape)}, "
-            f"weight is {tuple(weight.shape)}"
-        )
-    if weight.device != x.device:
-        raise ValueError(f"rms_norm: x is on {x.device}, weight on {weight.device}")
+    for name, tensor in given:
+        if (x.dtype == torch.float64) != (tensor.dtype == torch.float64):
+            raise TypeError(f"{op}: float64 does not mix: x is {x.dtype}, {name} {tensor.dtype}")
+        if tensor.shape != x.shape[-1:] or x.dim() == 0:
+            raise ValueError(
+                f"{op}: {name} must have the size of x's last dimension: x is {tuple(x.shape)}, "
+                f"{name} is {tuple(tensor.shape)}"
+            )
+        if tensor.device != x.device:
+            raise ValueError(f"{op}: x is on {x.device}, {name} on {tensor.device}")
+    if x.dim() == 0:
+        raise ValueError(f"{op}: x is (); it needs a last dimension to normalise over")
     if residual is not None:
         if residual.shape != x.shape or residual.device != x.device:
             raise ValueError(
-                f"rms_norm: residual must be like x, which is {tuple(x.shape)} on {x.device}; "
+                f"{op}: residual must be like x, which is {tuple(x.shape)} on {x.device}; "
                 f"it is {tuple(residual.shape)} on {residual.device}"
             )
         if residual.dtype != x.dtype:
-            raise TypeError(f"rms_norm: residual is {residual.dtype}, x is {x.dtype}")
+            raise TypeError(f"{op}: residual is {residual.dtype}, x is {x.dtype}")
     if not eps > 0:
-        raise ValueError(f"rms_norm: eps is {eps}; it must be > 0")
+        raise ValueError(f"{op}: eps is {eps}; it must be > 0")
+
+
+def _check(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float) -> None:
+    check_norm("rms_norm", x, residual, eps, weight=weight)
     if not math.isfinite(offset):
         raise ValueError(f"rms_norm: offset is {offset}; it must be finite")
 
