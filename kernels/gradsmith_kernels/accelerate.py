@@ -29,7 +29,8 @@ class Report:
 
     replaced: module name -> (op, backend) that now computes it. For attention that is the name of
         the model whose layers it is, "" for the one that was given; for the loss that of lm_head.
-    left_alone: module name -> why it was not replaced, for modules that look as if they could be.
+    left_alone: module name -> why it was not replaced, for modules that look as if they could be;
+        "" alone where there are none in the whole model.
     """
 
     replaced: dict[str, tuple[str, str]] = field(default_factory=dict)
@@ -54,7 +55,7 @@ class Report:
         lines += [
             f"{name or 'model'}: left alone, {reason}" for name, reason in self.left_alone.items()
         ]
-        return "\n".join(lines) or "no module that gradsmith_kernels could replace"
+        return "\n".join(lines)
 
 
 def accelerate(
@@ -103,6 +104,8 @@ def accelerate(
             _accelerate_loss(model, report)
         else:
             _accelerate_modules(transformers_modules.KINDS[op], model, report)
+    if not report.replaced and not report.left_alone:
+        report.left_alone[""] = f"nothing in a {type(model).__name__} is known to these ops"
     return report
 
 

@@ -147,16 +147,34 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+def _fuses(activation: nn.Module) -> bool:
+    """Whether an activation may be computed without calling it: it is known, and nobody watches it.
+
+    The hooks of DeepSpeed, which has them on every module under ZeRO-3, gather weights; here are
+    none.
+    """
+    hooks = (
+        *activation._forward_pre_hooks.values(),
+        *activation._forward_hooks.values(),
+        *activation._backward_pre_hooks.values(),
+        *activation._backward_hooks.values(),
+    )
+    watched = any(
+        not (getattr(hook, "__module__", None) or "").startswith("deepspeed.") for hook in hooks
+    )
+    return type(activation).__name__ in ACTIVATIONS and not watched
+
+
 def _glu(activation: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
-    fused = ACTIVATIONS.get(type(activation).__name__)
-    hooked = activation._forward_hooks or activation._forward_pre_hooks
-    if fused is None or hooked or gate.dtype != up.dtype:
+    if gate.dtype != up.dtype:
         return activation(gate) * up  # type: ignore[no-any-return]
-    return fused(gate, up)
+    return ACTIVATIONS[type(activation).__name__](gate, up)
 
 
 def _gate_and_up(original: Forward) -> Forward:
     def forward(self: Any, x: Tensor) -> Any:
+        if not _fuses(self.act_fn):
+            return original(self, x)
         return self.down_proj(_glu(self.act_fn, self.gate_proj(x), self.up_proj(x)))
 
     return forward
@@ -164,6 +182,8 @@ def _gate_and_up(original: Forward) -> Forward:
 
 def _phi3_mlp(original: Forward) -> Forward:
     def forward(self: Any, hidden_states: Tensor) -> Any:
+        if not _fuses(self.activation_fn):
+            return original(self, hidden_states)
         gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
         return self.down_proj(_glu(self.activation_fn, gate, up))
 
@@ -172,6 +192,8 @@ def _phi3_mlp(original: Forward) -> Forward:
 
 def _modernbert_mlp(original: Forward) -> Forward:
     def forward(self: Any, hidden_states: Tensor) -> Any:
+        if not _fuses(self.act):
+            return original(self, hidden_states)
         gate, up = self.Wi(hidden_states).chunk(2, dim=-1)
         return self.Wo(self.drop(_glu(self.act, gate, up)))
 
@@ -186,12 +208,14 @@ ROTARY = "apply_rotary_pos_emb"
 def _rotary_attention(original: Any, keeps_dtype: bool = False) -> Forward:
     """The class's own forward in a copy of its module's namespace, where one name is ours.
 
-    The module's namespace itself stays as it is.
+    The module's namespace itself stays as it is. The copy has no __name__, by which torch.compile
+    would look the name up in the module.
     """
-    apply = _rotary(original.__globals__[ROTARY], keeps_dtype)
+    namespace = {name: value for name, value in original.__globals__.items() if name != "__name__"}
+    namespace[ROTARY] = _rotary(original.__globals__[ROTARY], keeps_dtype)
     forward = FunctionType(
         original.__code__,
-        {**original.__globals__, ROTARY: apply},
+        namespace,
         original.__name__,
         original.__defaults__,
         original.__closure__,
