@@ -143,7 +143,7 @@ Timed = Callable[[Function, Inputs], None]
 
 
 def outputs_and_gradients(function: Function, inputs: Inputs) -> Outputs:
-    leaves = [inputs[name].detach().requires_grad_() for name in ("q", "k")]
+    leaves = inputs["q"].detach().requires_grad_(), inputs["k"].detach().requires_grad_()
     q, k = function(*leaves, inputs)
     upstream = [inputs["upstream q"], inputs["upstream k"]]
     dq, dk = torch.autograd.grad([q, k], leaves, upstream)
