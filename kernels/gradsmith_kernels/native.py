@@ -22,3 +22,11 @@ def as_rows(x: Tensor) -> tuple[Tensor, int]:
     if x.stride(1) != 1 and cols != 1:
         x = x.contiguous()
     return x, x.stride(0)
+
+
+def shape_as_rows(*tensors: Tensor) -> tuple[int, int]:
+    """Rows and columns of tensors of one shape (not empty); one row if none of them has gaps."""
+    numel, cols = tensors[0].numel(), tensors[0].shape[-1]
+    if all(tensor.is_contiguous() for tensor in tensors):
+        return 1, numel
+    return numel // cols, cols
