@@ -11,6 +11,7 @@
 #include "attention/attention_cpu.h"
 #include "common/cpu.h"
 #include "common/parallel.h"
+#include "glu/glu_cpu.h"
 #include "linear_cross_entropy/linear_cross_entropy_cpu.h"
 #include "optimizer_step/optimizer_step_cpu.h"
 #include "rms_norm/rms_norm_cpu.h"
@@ -70,6 +71,26 @@ void rms_norm_backward_binding(uintptr_t dy, int64_t dy_stride, uintptr_t dh, in
                           cols,
                           float(offset)};
   rms_norm_backward(a, x_dtype, weight_dtype, threads);
+}
+
+// gate, up and dy: address and row stride. gradients: of gate and up, 0 for one that is not needed.
+using Rows = std::pair<uintptr_t, int64_t>;
+
+void glu_forward_binding(const Rows& gate, const Rows& up, uintptr_t y, int64_t rows, int64_t cols,
+                         int activation, int dtype, int threads) {
+  const GluForward a{pointer(gate.first), pointer(up.first), pointer(y), gate.second,
+                     up.second,           rows,              cols};
+  glu_forward(a, activation, dtype, threads);
+}
+
+void glu_backward_binding(const Rows& dy, const Rows& gate, const Rows& up,
+                          const std::pair<uintptr_t, uintptr_t>& gradients, int64_t rows,
+                          int64_t cols, int activation, int dtype, int threads) {
+  const GluBackward a{pointer(dy.first),         pointer(gate.first),       pointer(up.first),
+                      pointer(gradients.first),  pointer(gradients.second), dy.second,
+                      gate.second,               up.second,                 rows,
+                      cols};
+  glu_backward(a, activation, dtype, threads);
 }
 
 // hidden and weight: address and row stride. shapes: rows, vocabulary, size, chunk. options: label
@@ -358,6 +379,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("rms_norm_block_rows", rms_norm_block_rows, "Rows in a block of dweight's partial sums.");
   m.def("attention_forward", attention_forward_binding, no_gil);
   m.def("attention_backward", attention_backward_binding, no_gil);
+  m.def("glu_forward", glu_forward_binding, no_gil);
+  m.def("glu_backward", glu_backward_binding, no_gil);
   m.def("linear_cross_entropy", linear_cross_entropy_binding, no_gil);
   m.def("rope", rope_binding, no_gil);
   m.def("scale_rows", scale_rows_binding, no_gil);

@@ -85,6 +85,29 @@ def attention_backward(
     threads: int,
     /,
 ) -> None: ...
+def glu_forward(
+    gate: tuple[int, int],
+    up: tuple[int, int],
+    y: int,
+    rows: int,
+    cols: int,
+    activation: int,
+    dtype: int,
+    threads: int,
+    /,
+) -> None: ...
+def glu_backward(
+    dy: tuple[int, int],
+    gate: tuple[int, int],
+    up: tuple[int, int],
+    gradients: tuple[int, int],
+    rows: int,
+    cols: int,
+    activation: int,
+    dtype: int,
+    threads: int,
+    /,
+) -> None: ...
 def linear_cross_entropy(
     hidden: tuple[int, int],
     weight: tuple[int, int],

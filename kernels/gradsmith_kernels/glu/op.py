@@ -16,7 +16,8 @@ OP = Op(
     "glu",
     {
         "reference": Implementation(f"{__package__}.reference", (*FLOATS, torch.float64)),
-        "cpu": Implementation(f"{__package__}.reference", FLOATS),
+        "cpu": Implementation(f"{__package__}.cpu", FLOATS),
+        "triton": Implementation(f"{__package__}.triton_kernels", FLOATS),
     },
 )
 

@@ -19,9 +19,11 @@ def activated(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
         density = torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)
         return x * share, share + x * density
     if activation == "gelu_tanh":
-        tanh = torch.tanh(SQRT_2_OVER_PI * (x + CUBE * x * x * x))
-        inner_slope = SQRT_2_OVER_PI * (1 + 3 * CUBE * x * x)
-        return x * (1 + tanh) / 2, (1 + tanh) / 2 + x / 2 * (1 - tanh * tanh) * inner_slope
+        c = x.clamp(-20, 20)  # where tanh is -1 or 1 and x^3 is finite
+        tanh = torch.tanh(SQRT_2_OVER_PI * (c + CUBE * c * c * c))
+        inner_slope = SQRT_2_OVER_PI * (1 + 3 * CUBE * c * c)
+        share = (1 + tanh) / 2
+        return x * share, share + x * (1 - tanh * tanh) / 2 * inner_slope
     sigmoid = torch.sigmoid(x)
     value = x / (1 + torch.exp(-x))
     return value, sigmoid + value * (1 - sigmoid)

@@ -66,12 +66,14 @@ def make_inputs(
             return normal(batch, length, heads, size, scale=scale).transpose(1, 2)
         return normal(*shape, scale=scale)
 
+    inputs: Inputs = {"activation": activation, "product": None}
     if layout == "halves":
-        product = normal(*shape[:-1], 2 * shape[-1], scale=2.0)
-        gate, up = product.chunk(2, -1)
+        inputs["product"] = normal(*shape[:-1], 2 * shape[-1], scale=2.0)
+        inputs["gate"], inputs["up"] = inputs["product"].chunk(2, -1)
     else:
-        gate, up = tensor(scale=2.0), tensor()
-    return {"gate": gate, "up": up, "dy": tensor(), "activation": activation}
+        inputs["gate"], inputs["up"] = tensor(scale=2.0), tensor()
+    inputs["dy"] = tensor()
+    return inputs
 
 
 def sample(
@@ -205,12 +207,13 @@ def forward(function: Function, inputs: Inputs) -> None:
 
 def forward_backward(function: Function, inputs: Inputs) -> None:
     """With respect to gate and up, or to the product whose halves they are."""
-    product = inputs["gate"]._base
+    product = inputs["product"]
     if product is None:
         outputs_and_gradients(function, inputs)
         return
     leaf = product.detach().requires_grad_()
-    y = function(*leaf.chunk(2, -1), inputs["activation"])
+    gate, up = leaf.chunk(2, -1)
+    y = function(gate, up, inputs["activation"])
     torch.autograd.grad(y, leaf, inputs["dy"])
 
 
