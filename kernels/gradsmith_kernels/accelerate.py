@@ -23,6 +23,7 @@ from gradsmith_kernels.linear_cross_entropy import op as linear_cross_entropy_op
 
 __all__ = ["Report", "accelerate"]
 
+
 @dataclass
 class Report:
     """What `accelerate` did to a model.

@@ -52,6 +52,8 @@ def unfit(model: Any) -> str | None:
         return f"{cls.__name__} is not a class whose loss is known to be lm_head's cross-entropy"
     if type(head) is not nn.Linear:
         return f"its lm_head is a {type(head).__module__}.{type(head).__name__}, not a plain Linear"
+    if "forward" in vars(model):
+        return "somebody has given the model a forward of its own"
     if vars(model).get("_loss_function") is not None:
         return "somebody has given it another loss"
     if head.weight.device.type == "meta":

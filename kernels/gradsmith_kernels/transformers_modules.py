@@ -1,4 +1,4 @@
-"""What `accelerate` puts in the place of transformers' modules: norms, gated MLPs, rotary attention.
+"""The norms, gated MLPs and rotary embeddings of transformers' models, by our ops.
 
 A module is given a subclass of its own class with another `forward`, which calls the module's
 children as before and takes the op for what lies between them. So parameters, state-dict names,
@@ -42,27 +42,30 @@ class Accelerated:
     """Marks the classes that are made here."""
 
 
-@functools.cache
-def subclass(cls: type[nn.Module], make: Maker) -> type[nn.Module]:
+_made: dict[tuple[type, Maker], type[Any]] = {}
+
+
+def subclass(cls: type[Any], make: Maker) -> type[Any]:
     """`cls` with the forward that `make` makes of its own.
 
     It has the name of `cls`: transformers and FSDP look classes up by name, and save_pretrained
     writes it.
     """
-    forward = make(cls.forward)
-    functools.update_wrapper(forward, cls.forward)  # the HF Trainer and generate() read signatures
-    made = type(
-        cls.__name__,
-        (Accelerated, cls),
-        {
-            "forward": forward,
-            "__module__": cls.__module__,
-            "__qualname__": cls.__qualname__,
-            "__reduce_ex__": _reduce,
-        },
-    )
-    made._made_of = (cls, make)
-    return made
+    if (cls, make) not in _made:
+        forward = make(cls.forward)
+        functools.update_wrapper(forward, cls.forward)  # the HF Trainer reads its signature
+        _made[cls, make] = type(
+            cls.__name__,
+            (Accelerated, cls),
+            {
+                "forward": forward,
+                "__module__": cls.__module__,
+                "__qualname__": cls.__qualname__,
+                "__reduce_ex__": _reduce,
+                "_made_of": (cls, make),
+            },
+        )
+    return _made[cls, make]
 
 
 def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
@@ -71,7 +74,7 @@ def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
     return (_new, self._made_of, *state)
 
 
-def _new(cls: type[nn.Module], make: Maker) -> nn.Module:
+def _new(cls: type[Any], make: Maker) -> Any:
     made = subclass(cls, make)
     return made.__new__(made)
 
@@ -400,7 +403,7 @@ KINDS = {
     ),
     "layer_norm": Kind(
         layer_norm_op.OP,
-        layer_norm_op.FLOATS,
+        rms_norm_op.FLOATS,
         {"LayerNorm": _layer_norm, "ConvNextLayerNorm": _conv_next_layer_norm},
         lambda module: type(module).__name__.endswith("LayerNorm"),
         _unfit_layer_norm,

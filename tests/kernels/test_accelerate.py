@@ -339,7 +339,7 @@ def test_only_and_without():
     assert ops_in(rest) == {"attention": 1, "rope": 2, "linear_cross_entropy": 1}
     with pytest.raises(ValueError, match="did you mean 'rms_norm'"):
         accelerate(model, only=["rmsnorm"])
-    with pytest.raises(ValueError, match="without names 'layernorm'.*did you mean 'layer_norm'"):
+    with pytest.raises(ValueError, match=r"without names 'layernorm'.*did you mean 'layer_norm'"):
         accelerate(model, without=["layernorm"])
 
 

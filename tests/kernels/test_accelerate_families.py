@@ -67,7 +67,7 @@ def build(family, dtype=torch.float32):
     config, values, task, _ = FAMILIES[family]
     config = getattr(transformers, config)(**values)
     model = getattr(transformers, f"AutoModel{task}").from_config(config, dtype=dtype)
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.dim() == 1:  # norms and biases would begin at 1 and 0, where errors hide
             nn.init.normal_(parameter, parameter.mean().item(), 0.2)
     return model.train()
@@ -146,3 +146,46 @@ def test_loss_and_gradients_are_those_of_the_untouched_model(family, dtype):
     report.undo()
     again = loss_and_gradients(accelerated, family)
     assert all(torch.equal(again[name], naive[name]) for name in naive)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "phi3", "gpt2"])
+def test_generation_with_a_cache_gives_the_same_tokens(family):
+    model = build(family).eval()
+    accelerated = copy.deepcopy(model)
+    accelerate(accelerated)
+    tokens = inputs(family, 0)["input_ids"]
+    padding = torch.ones_like(tokens)
+    padding[0, :5] = 0
+    options = {"attention_mask": padding, "max_new_tokens": 12, "do_sample": False}
+    ours, theirs = (m.generate(tokens, **options) for m in (accelerated, model))
+    assert theirs.shape[1] > tokens.shape[1] + 5
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_trainer_of_transformers_has_the_same_losses(tmp_path, precision):
+    pytest.importorskip("accelerate")
+    rows = torch.randint(3, VOCAB, (32, 16), generator=torch.Generator().manual_seed(2))
+    dataset = [{"input_ids": row, "labels": row} for row in rows]
+
+    def losses(model):
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path), per_device_train_batch_size=4, max_steps=8, logging_steps=1,
+            learning_rate=1e-2, gradient_accumulation_steps=2, gradient_checkpointing=True,
+            bf16=precision == "bf16", use_cpu=True, report_to="none", save_strategy="no",
+            disable_tqdm=True, label_names=["labels"],
+        )  # fmt: skip
+        trainer = transformers.Trainer(
+            model, arguments, train_dataset=dataset, eval_dataset=dataset[:8]
+        )
+        trainer.train()
+        found = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+        return [*found, trainer.evaluate()["eval_loss"]]
+
+    model = build("llama")
+    accelerated = copy.deepcopy(model)
+    accelerate(accelerated)
+    ours, theirs = losses(accelerated), losses(model)
+    assert len(ours) == 9
+    assert theirs[7] < theirs[0] - 0.1
+    assert ours == pytest.approx(theirs, abs=2e-4 if precision == "fp32" else 2e-2)
