@@ -5,9 +5,9 @@
 #include <stdint.h>
 
 struct RopeTensor {
-  const void* x;                     // [batch, length, heads, size], elements of a head adjacent
-  int64_t x_batch, x_row, x_head;    // its strides, in elements
-  void* y;                           // like x, contiguous
+  const void* x;                   // [batch, length, heads, size], elements of a head adjacent
+  int64_t x_batch, x_row, x_head;  // its strides, in elements
+  void* y;                         // like x, contiguous
   int64_t heads;
 };
 
@@ -21,9 +21,9 @@ struct Rope {
   int count;  // of tensors
   RopeTable cos, sin;
   int64_t length, size, rotated;
-  bool interleaved;  // pairs are neighbours; else the halves' elements
+  bool interleaved;  // a pair is x[2i], x[2i + 1]; else x[i], x[i + rotated / 2]
   bool transposed;   // by the transposed matrices: the gradient
-  int table_dtype;
+  int table_dtype;   // of cos and sin
 };
 
 struct RopeKernels {

@@ -70,12 +70,12 @@ def subclass(cls: type[Any], make: Maker) -> type[Any]:
 
 def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
     """For copy and pickle: under the name of the class they would find the class it was made of."""
-    _, _, *state = object.__reduce_ex__(self, 2)
-    return (_new, self._made_of, *state)
+    reduced: Any = object.__reduce_ex__(self, 2)
+    return (_new, self._made_of, *reduced[2:])
 
 
 def _new(cls: type[Any], make: Maker) -> Any:
-    made = subclass(cls, make)
+    made: Any = subclass(cls, make)
     return made.__new__(made)
 
 

@@ -27,8 +27,8 @@ def rope(
 
     where a pair is (x[i], x[i + R/2]), as in Llama and GPT-NeoX, or, `interleaved`,
     (x[2i], x[2i + 1]), as in GPT-J and Cohere. cos and sin have their full width R, as transformers
-    computes them: cos_a and cos_b stand at a's and b's places. The two may differ, and then this is
-    any pair of 2 x 2 rows. Computed in float32 and rounded once.
+    computes them: cos_a and cos_b stand at a's and b's places, and need not be equal. Computed in
+    float32 and rounded once.
 
     Args:
         q: (B, S, H, D), float32, bfloat16 or float16 (float64: reference backend only). Any
