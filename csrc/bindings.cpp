@@ -9,9 +9,11 @@
 
 #include "adafactor_step/adafactor_step_cpu.h"
 #include "attention/attention_cpu.h"
+#include "common/column_sums.h"
 #include "common/cpu.h"
 #include "common/parallel.h"
 #include "glu/glu_cpu.h"
+#include "layer_norm/layer_norm_cpu.h"
 #include "linear_cross_entropy/linear_cross_entropy_cpu.h"
 #include "optimizer_step/optimizer_step_cpu.h"
 #include "rms_norm/rms_norm_cpu.h"
@@ -91,6 +93,51 @@ void glu_backward_binding(const Rows& dy, const Rows& gate, const Rows& up,
                       gate.second,               up.second,                 rows,
                       cols};
   glu_backward(a, activation, dtype, threads);
+void layer_norm_forward_binding(uintptr_t x, int64_t x_stride, uintptr_t residual,
+                                int64_t residual_stride, uintptr_t weight, uintptr_t bias,
+                                uintptr_t y, uintptr_t h, uintptr_t statistics, int64_t rows,
+                                int64_t cols, double eps, int x_dtype, int weight_dtype,
+                                int bias_dtype, int threads) {
+  const LayerNormForward a{pointer(x),
+                           pointer(residual),
+                           pointer(weight),
+                           pointer(bias),
+                           pointer(y),
+                           pointer(h),
+                           pointer<float>(statistics),
+                           x_stride,
+                           residual_stride,
+                           cols,
+                           eps,
+                           weight_dtype,
+                           bias_dtype};
+  layer_norm_forward(a, rows, x_dtype, threads);
+}
+
+void layer_norm_backward_binding(uintptr_t dy, int64_t dy_stride, uintptr_t dh, int64_t dh_stride,
+                                 uintptr_t h, int64_t h_stride, uintptr_t weight,
+                                 uintptr_t statistics, uintptr_t dx, uintptr_t partial_weight,
+                                 uintptr_t partial_bias, uintptr_t dweight, uintptr_t dbias,
+                                 int64_t rows, int64_t cols, int x_dtype, int weight_dtype,
+                                 int bias_dtype, int threads) {
+  const LayerNormBackward a{pointer(dy),
+                            pointer(dh),
+                            pointer(h),
+                            pointer(weight),
+                            pointer<float>(statistics),
+                            pointer(dx),
+                            pointer<float>(partial_weight),
+                            pointer<float>(partial_bias),
+                            pointer(dweight),
+                            pointer(dbias),
+                            dy_stride,
+                            dh_stride,
+                            h_stride,
+                            rows,
+                            cols,
+                            weight_dtype,
+                            bias_dtype};
+  layer_norm_backward(a, x_dtype, threads);
 }
 
 // hidden and weight: address and row stride. shapes: rows, vocabulary, size, chunk. options: label
@@ -376,7 +423,9 @@ PYBIND11_MODULE(_native, m) {
   const py::call_guard<py::gil_scoped_release> no_gil;
   m.def("rms_norm_forward", rms_norm_forward_binding, no_gil);
   m.def("rms_norm_backward", rms_norm_backward_binding, no_gil);
-  m.def("rms_norm_block_rows", rms_norm_block_rows, "Rows in a block of dweight's partial sums.");
+  m.def("layer_norm_forward", layer_norm_forward_binding, no_gil);
+  m.def("layer_norm_backward", layer_norm_backward_binding, no_gil);
+  m.def("block_count", block_count, "Blocks of rows in the partial sums of a norm's gradients.");
   m.def("attention_forward", attention_forward_binding, no_gil);
   m.def("attention_backward", attention_backward_binding, no_gil);
   m.def("glu_forward", glu_forward_binding, no_gil);

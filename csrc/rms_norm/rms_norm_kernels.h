@@ -2,7 +2,7 @@
 // own flags. A row is read from memory once; its second pass finds it in the L1 or L2 cache.
 #pragma once
 
-#include "common/dtype.h"
+#include "common/column_sums.h"
 #include "rms_norm/rms_norm.h"
 
 namespace {
@@ -121,31 +121,17 @@ struct Backward {
   }
 
   static void blocks(const RmsNormBackward& a, int64_t begin, int64_t end) {
-    const int64_t block_rows = rms_norm_block_rows(a.rows);
+    const int64_t size = block_rows(a.rows);
     for (int64_t block = begin; block < end; ++block) {
       float* partial = kWeight ? a.partial + block * a.cols : nullptr;
       if (kWeight) memset(partial, 0, size_t(a.cols) * sizeof(float));
-      int64_t i = block * block_rows;
-      const int64_t past = i + block_rows < a.rows ? i + block_rows : a.rows;
+      int64_t i = block * size;
+      const int64_t past = i + size < a.rows ? i + size : a.rows;
       for (; i + 4 <= past; i += 4) rows<4>(a, i, partial);
       for (; i < past; ++i) rows<1>(a, i, partial);
     }
   }
 };
-
-template <class W>
-void dweight_columns(const RmsNormBackward& a, int64_t begin, int64_t end) {
-  typename W::T* dweight = static_cast<typename W::T*>(a.dweight);
-  const int64_t block_rows = rms_norm_block_rows(a.rows);
-  const int64_t blocks = (a.rows + block_rows - 1) / block_rows;
-  for (int64_t j = begin; j < end; j += kLanes) {
-    const int64_t n = end - j < kLanes ? end - j : kLanes;
-    Vec s[4] = {};
-    for (int64_t block = 0; block < blocks; ++block)
-      s[block % 4] += load<F32>(a.partial + block * a.cols + j, n);
-    store<W>(dweight + j, (s[0] + s[1]) + (s[2] + s[3]), n);
-  }
-}
 
 template <class X, class W>
 void forward_typed(const RmsNormForward& a, int64_t begin, int64_t end) {
@@ -207,12 +193,7 @@ void backward(const RmsNormBackward& a, int x_dtype, int weight_dtype, int64_t b
 }
 
 void dweight(const RmsNormBackward& a, int weight_dtype, int64_t begin, int64_t end) {
-  if (weight_dtype == kFloat32)
-    dweight_columns<F32>(a, begin, end);
-  else if (weight_dtype == kBFloat16)
-    dweight_columns<BF16>(a, begin, end);
-  else
-    dweight_columns<F16>(a, begin, end);
+  sum_blocks(a.partial, block_count(a.rows), a.cols, a.dweight, weight_dtype, begin, end);
 }
 
 }  // namespace

@@ -55,7 +55,7 @@ def backward(
     dweight = torch.empty(cols if need_dweight else 0, dtype=weight.dtype)
     if h.numel() == 0:
         return dx, dweight.zero_()
-    blocks = -(-rows // _native.rms_norm_block_rows(rows))
+    blocks = _native.block_count(rows)
     partial = torch.empty((blocks, cols) if need_dweight else 0, dtype=torch.float32)
     weight = weight.contiguous()
     rstd = rstd.contiguous()

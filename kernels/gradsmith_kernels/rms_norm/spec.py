@@ -41,6 +41,33 @@ SHAPES = (
 )
 
 
+def in_layout(
+    layout: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    generator: torch.Generator,
+    mean: float = 0.0,
+) -> Tensor:
+    """Normal numbers of deviation 1 in a tensor of this shape.
+
+    layout: "contiguous"; "rows" (rows further apart than they are long); "columns" (elements of a
+    row not adjacent); "heads" (a transposed view of four dimensions).
+    """
+
+    def normal(*size: int) -> Tensor:
+        return (torch.randn(size, generator=generator) + mean).to(dtype).to(device)
+
+    if layout == "rows":
+        return normal(*shape[:-1], shape[-1] + 24)[..., 8 : 8 + shape[-1]]
+    if layout == "columns":
+        return normal(*shape[:-1], 2 * shape[-1])[..., ::2]
+    if layout == "heads":
+        batch, heads, length, size = shape
+        return normal(batch, length, heads, size).transpose(1, 2)
+    return normal(*shape)
+
+
 def make_inputs(
     shape: tuple[int, ...],
     dtype: torch.dtype,
@@ -52,26 +79,15 @@ def make_inputs(
 ) -> Inputs:
     """x, weight, offset, residual and the upstream gradients dy and dh (all non-uniform).
 
-    layout: of x, residual, dy and dh: "contiguous"; "rows" (rows further apart than they are long);
-    "columns" (elements of a row not adjacent); "heads" (a transposed view of four dimensions).
+    layout: of x, residual, dy and dh, see `in_layout`.
     """
     generator = torch.Generator().manual_seed(math.prod(shape) + len(shape))
 
-    def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator)
-
     def tensor() -> Tensor:
-        if layout == "rows":
-            wide = normal(*shape[:-1], shape[-1] + 24).to(dtype).to(device)
-            return wide[..., 8 : 8 + shape[-1]]
-        if layout == "columns":
-            return normal(*shape[:-1], 2 * shape[-1]).to(dtype).to(device)[..., ::2]
-        if layout == "heads":
-            batch, heads, length, size = shape
-            return normal(batch, length, heads, size).to(dtype).to(device).transpose(1, 2)
-        return normal(*shape).to(dtype).to(device)
+        return in_layout(layout, shape, dtype, device, generator)
 
-    inputs: Inputs = {"x": tensor(), "weight": normal(shape[-1]).to(weight_dtype).to(device)}
+    weight = torch.randn(shape[-1], generator=generator).to(weight_dtype).to(device)
+    inputs: Inputs = {"x": tensor(), "weight": weight}
     inputs["offset"], inputs["residual"] = offset, tensor() if residual else None
     inputs["dy"], inputs["dh"] = tensor(), tensor() if residual else None
     return inputs

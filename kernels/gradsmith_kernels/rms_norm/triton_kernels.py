@@ -195,7 +195,7 @@ def dweight_kernel(
     tl.store(dweight_ptr + column, dweight, column < cols)
 
 
-def _tile(cols: int) -> tuple[int, int, int]:
+def tile(cols: int) -> tuple[int, int, int]:
     """ROWS, BLOCK and num_warps: 16 elements a thread, and 2048 in a tile at least."""
     block = min(triton.next_power_of_2(cols), MAX_BLOCK)
     rows = max(1, 2048 // block)
@@ -213,7 +213,7 @@ def forward(
         return y, h, rstd.fill_(eps**-0.5)
     x_rows, x_stride = as_rows(x)
     residual_rows, residual_stride = (x_rows, 0) if residual is None else as_rows(residual)
-    tile_rows, block, num_warps = _tile(cols)
+    tile_rows, block, num_warps = tile(cols)
     rows = rstd.numel()
     forward_kernel[(triton.cdiv(rows, tile_rows),)](
         x_rows,
@@ -255,7 +255,7 @@ def backward(
     dy_rows, dy_stride = as_rows(dy)
     h_rows, h_stride = as_rows(h)
     dh_rows, dh_stride = (h_rows, 0) if dh is None else as_rows(dh)
-    tile_rows, block, num_warps = _tile(cols)
+    tile_rows, block, num_warps = tile(cols)
     rows_per_program = tile_rows * triton.cdiv(rows, tile_rows * MAX_PROGRAMS)
     programs = triton.cdiv(rows, rows_per_program)
     partial = torch.empty(
@@ -308,8 +308,8 @@ def compile_cases() -> list[CompileCase]:
     aligned = (*pointers, *integers)
     cases = []
     for cols in (128, 4096, 16384):
-        rows, block, num_warps = _tile(cols)
-        tile = {"ONE_BLOCK": cols <= block, "ROWS": rows, "BLOCK": block}
+        rows, block, num_warps = tile(cols)
+        shape = {"ONE_BLOCK": cols <= block, "ROWS": rows, "BLOCK": block}
         for residual in (False, True):
             name = f"{'add_' if residual else ''}rms_norm"
             cases += [
@@ -317,7 +317,7 @@ def compile_cases() -> list[CompileCase]:
                     f"{name} forward {cols}",
                     forward_kernel,
                     types,
-                    {"ADD": residual, **tile},
+                    {"ADD": residual, **shape},
                     aligned,
                     num_warps,
                 ),
@@ -325,7 +325,7 @@ def compile_cases() -> list[CompileCase]:
                     f"{name} backward {cols}",
                     backward_kernel,
                     types,
-                    {"ADD": residual, "NEED_DWEIGHT": True, **tile},
+                    {"ADD": residual, "NEED_DWEIGHT": True, **shape},
                     aligned,
                     num_warps,
                 ),
