@@ -93,6 +93,8 @@ void glu_backward_binding(const Rows& dy, const Rows& gate, const Rows& up,
                       gate.second,               up.second,                 rows,
                       cols};
   glu_backward(a, activation, dtype, threads);
+}
+
 void layer_norm_forward_binding(uintptr_t x, int64_t x_stride, uintptr_t residual,
                                 int64_t residual_stride, uintptr_t weight, uintptr_t bias,
                                 uintptr_t y, uintptr_t h, uintptr_t statistics, int64_t rows,
@@ -423,13 +425,13 @@ PYBIND11_MODULE(_native, m) {
   const py::call_guard<py::gil_scoped_release> no_gil;
   m.def("rms_norm_forward", rms_norm_forward_binding, no_gil);
   m.def("rms_norm_backward", rms_norm_backward_binding, no_gil);
+  m.def("glu_forward", glu_forward_binding, no_gil);
+  m.def("glu_backward", glu_backward_binding, no_gil);
   m.def("layer_norm_forward", layer_norm_forward_binding, no_gil);
   m.def("layer_norm_backward", layer_norm_backward_binding, no_gil);
   m.def("block_count", block_count, "Blocks of rows in the partial sums of a norm's gradients.");
   m.def("attention_forward", attention_forward_binding, no_gil);
   m.def("attention_backward", attention_backward_binding, no_gil);
-  m.def("glu_forward", glu_forward_binding, no_gil);
-  m.def("glu_backward", glu_backward_binding, no_gil);
   m.def("linear_cross_entropy", linear_cross_entropy_binding, no_gil);
   m.def("rope", rope_binding, no_gil);
   m.def("scale_rows", scale_rows_binding, no_gil);
