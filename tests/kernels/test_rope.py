@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -132,6 +136,32 @@ def test_one_gradient_without_the_other(missing, how, backend, monkeypatch):
     assert rotated == [1]  # and nothing is computed for the other
     assert torch.equal(leaves[there].grad, both[f"d{there}"])
     assert leaves[missing].grad is None
+
+
+FROZEN = """
+import torch
+from gradsmith_kernels import rope
+q, k = torch.randn(2, 3, 4, 24, requires_grad=True), torch.randn(2, 3, 2, 24)
+cos, sin = torch.randn(2, 2, 3, 16)
+grads = []
+for backend in ("triton", "reference"):
+    loss = sum((y ** 2).sum() for y in rope(q, k, cos, sin, backend=backend))
+    grads += torch.autograd.grad(loss, q)
+torch.testing.assert_close(*grads)
+"""
+
+
+def test_a_frozen_key_in_tritons_interpreter():
+    pytest.importorskip("triton")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([sys.executable, "-c", FROZEN], env=environment, check=True)
+
+
+def test_expanded_tables_are_those_of_one_sequence():
+    inputs = sample((3, 9, 4, 2, 32), torch.bfloat16, shared=True).make(CPU)
+    expanded = {name: inputs[name].expand(3, -1, -1) for name in ("cos", "sin")}
+    one, other = (SPEC.run(given, "cpu") for given in (inputs, inputs | expanded))
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_nothing_but_the_tables_is_kept():

@@ -17,7 +17,8 @@ from gradsmith_kernels.spec import CompileCase
 
 @triton.jit
 def load_pairs(row, at, mask, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Both elements of the pairs of some rows, in float32."""
+    """Both elements of the pairs in some rows, in float32; `at`: where the first ones are, or all
+    of them."""
     if INTERLEAVED:
         both = tl.load(row + at, mask, 0.0).to(tl.float32)
         a, b = tl.split(tl.reshape(both, [both.shape[0], both.shape[1] // 2, 2]))
