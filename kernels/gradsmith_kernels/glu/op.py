@@ -126,23 +126,30 @@ class _GluBackward(torch.autograd.Function):
         raise RuntimeError("swiglu and geglu have no second derivative (create_graph=True)")
 
 
+def _differentiable(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
 def _glu_autograd(gate: Tensor, up: Tensor, activation: str, backend: str | None = None) -> Tensor:
-    apply: Any = _Glu.apply  # untyped in torch
-    y: Tensor = apply(gate, up, activation, backend)
+    y: Tensor
+    if _differentiable(gate, up):
+        apply: Any = _Glu.apply  # untyped in torch
+        y = apply(gate, up, activation, backend)
+        return y
+    with torch._C._AutoDispatchBelowAutograd():
+        y = torch.ops.gradsmith.glu.default(gate, up, activation, backend)
     return y
 
 
-def _glu_backward_autograd(
-    dy: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    activation: str,
-    need_dgate: bool,
-    need_dup: bool,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    apply: Any = _GluBackward.apply
-    dgate, dup = apply(dy, gate, up, activation, need_dgate, need_dup, backend)
+def _glu_backward_autograd(*args: Any) -> tuple[Tensor, Tensor]:
+    dgate: Tensor
+    dup: Tensor
+    if _differentiable(*args[:3]):
+        apply: Any = _GluBackward.apply
+        dgate, dup = apply(*args)
+        return dgate, dup
+    with torch._C._AutoDispatchBelowAutograd():
+        dgate, dup = torch.ops.gradsmith.glu_backward.default(*args)
     return dgate, dup
 
 
