@@ -37,6 +37,10 @@ ALWAYS_INLINE inline double total(const Vec (&s)[4]) {
   return sum((s[0] + s[1]) + (s[2] + s[3]));
 }
 
+ALWAYS_INLINE inline void add(float* to, Vec v, int64_t n) {
+  store<F32>(to, load<F32>(to, n) + v, n);
+}
+
 template <class X, bool kResidual>
 struct Forward {
   using T = typename X::T;
@@ -177,8 +181,8 @@ struct Backward {
         }
       for (int k = 0; k < vectors; ++k) {
         const int64_t at = j + k * kLanes;
-        if (kWeight) store<F32>(weight_sum + at, load<F32>(weight_sum + at, n) + weight_total[k], n);
-        if (kBias) store<F32>(bias_sum + at, load<F32>(bias_sum + at, n) + bias_total[k], n);
+        if (kWeight) add(weight_sum + at, weight_total[k], n);
+        if (kBias) add(bias_sum + at, bias_total[k], n);
       }
     };
     int64_t j = 0;

@@ -39,6 +39,7 @@ def test_availability_names_every_op_and_backend():
         "adafactor_step",
         "attention",
         "glu",
+        "layer_norm",
         "linear_cross_entropy",
         "newton_schulz",
         "optimizer_step",

@@ -265,13 +265,12 @@ def backward(
     needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     cols, rows = h.shape[-1], statistics.numel() // 3
-    none = h.new_empty(0)
-    dx = torch.empty_like(h, memory_format=torch.contiguous_format) if needed[0] else none
-    dweight = torch.empty_like(weight) if weight is not None and needed[1] else none
-    dbias = torch.empty_like(bias) if bias is not None and needed[2] else none
+    dx = h.new_empty(h.shape if needed[0] else 0)
+    dweight = h.new_empty(0) if weight is None or not needed[1] else weight.new_empty(cols)
+    dbias = h.new_empty(0) if bias is None or not needed[2] else bias.new_empty(cols)
     if h.numel() == 0:
         return dx, dweight.zero_(), dbias.zero_()
-    sums = [gradient for gradient in (dweight, dbias) if gradient is not none]
+    sums = [gradient for gradient in (dweight, dbias) if gradient.numel()]
     dy_rows, dy_stride = as_rows(dy)
     h_rows, h_stride = as_rows(h)
     dh_rows, dh_stride = (h_rows, 0) if dh is None else as_rows(dh)
@@ -297,8 +296,8 @@ def backward(
         ADD=dh is not None,
         WEIGHT=weight is not None,
         NEED_DX=needed[0],
-        NEED_DWEIGHT=dweight is not none,
-        NEED_DBIAS=dbias is not none,
+        NEED_DWEIGHT=dweight.numel() > 0,
+        NEED_DBIAS=dbias.numel() > 0,
         ONE_BLOCK=cols <= block,
         ROWS=tile_rows,
         BLOCK=block,

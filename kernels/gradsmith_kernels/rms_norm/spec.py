@@ -86,8 +86,8 @@ def make_inputs(
     def tensor() -> Tensor:
         return in_layout(layout, shape, dtype, device, generator)
 
-    weight = torch.randn(shape[-1], generator=generator).to(weight_dtype).to(device)
-    inputs: Inputs = {"x": tensor(), "weight": weight}
+    inputs: Inputs = {"x": tensor()}
+    inputs["weight"] = torch.randn(shape[-1], generator=generator).to(weight_dtype).to(device)
     inputs["offset"], inputs["residual"] = offset, tensor() if residual else None
     inputs["dy"], inputs["dh"] = tensor(), tensor() if residual else None
     return inputs
