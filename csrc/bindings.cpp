@@ -9,8 +9,11 @@
 
 #include "adafactor_step/adafactor_step_cpu.h"
 #include "attention/attention_cpu.h"
+#include "common/column_sums.h"
 #include "common/cpu.h"
 #include "common/parallel.h"
+#include "glu/glu_cpu.h"
+#include "layer_norm/layer_norm_cpu.h"
 #include "linear/linear_cpu.h"
 #include "linear_cross_entropy/linear_cross_entropy_cpu.h"
 #include "optimizer_step/optimizer_step_cpu.h"
@@ -43,18 +46,19 @@ void set_isa(const std::string& name, bool emulated) {
 
 void rms_norm_forward_binding(uintptr_t x, int64_t x_stride, uintptr_t residual,
                               int64_t residual_stride, uintptr_t weight, uintptr_t y, uintptr_t h,
-                              uintptr_t rstd, int64_t rows, int64_t cols, double eps, int x_dtype,
-                              int weight_dtype, int threads) {
+                              uintptr_t rstd, int64_t rows, int64_t cols, double eps, double offset,
+                              int x_dtype, int weight_dtype, int threads) {
   const RmsNormForward a{pointer(x), pointer(residual),    pointer(weight), pointer(y),
                          pointer(h), pointer<float>(rstd), x_stride,        residual_stride,
-                         cols,       eps};
+                         cols,       eps,                  float(offset)};
   rms_norm_forward(a, rows, x_dtype, weight_dtype, threads);
 }
 
 void rms_norm_backward_binding(uintptr_t dy, int64_t dy_stride, uintptr_t dh, int64_t dh_stride,
                                uintptr_t h, int64_t h_stride, uintptr_t weight, uintptr_t rstd,
                                uintptr_t dx, uintptr_t partial, uintptr_t dweight, int64_t rows,
-                               int64_t cols, int x_dtype, int weight_dtype, int threads) {
+                               int64_t cols, double offset, int x_dtype, int weight_dtype,
+                               int threads) {
   const RmsNormBackward a{pointer(dy),
                           pointer(dh),
                           pointer(h),
@@ -67,7 +71,8 @@ void rms_norm_backward_binding(uintptr_t dy, int64_t dy_stride, uintptr_t dh, in
                           dh_stride,
                           h_stride,
                           rows,
-                          cols};
+                          cols,
+                          float(offset)};
   rms_norm_backward(a, x_dtype, weight_dtype, threads);
 }
 
@@ -81,6 +86,73 @@ void linear_product_binding(const std::tuple<uintptr_t, int64_t, bool>& a,
                         b_stride,      shape[0],      shape[1],      shape[2],   a_turned,
                         b_turned};
   linear_product(p, threads);
+}
+
+// gate, up and dy: address and row stride. gradients: of gate and up, 0 for one that is not needed.
+using Rows = std::pair<uintptr_t, int64_t>;
+
+void glu_forward_binding(const Rows& gate, const Rows& up, uintptr_t y, int64_t rows, int64_t cols,
+                         int activation, int dtype, int threads) {
+  const GluForward a{pointer(gate.first), pointer(up.first), pointer(y), gate.second,
+                     up.second,           rows,              cols};
+  glu_forward(a, activation, dtype, threads);
+}
+
+void glu_backward_binding(const Rows& dy, const Rows& gate, const Rows& up,
+                          const std::pair<uintptr_t, uintptr_t>& gradients, int64_t rows,
+                          int64_t cols, int activation, int dtype, int threads) {
+  const GluBackward a{pointer(dy.first),         pointer(gate.first),       pointer(up.first),
+                      pointer(gradients.first),  pointer(gradients.second), dy.second,
+                      gate.second,               up.second,                 rows,
+                      cols};
+  glu_backward(a, activation, dtype, threads);
+}
+
+void layer_norm_forward_binding(uintptr_t x, int64_t x_stride, uintptr_t residual,
+                                int64_t residual_stride, uintptr_t weight, uintptr_t bias,
+                                uintptr_t y, uintptr_t h, uintptr_t statistics, int64_t rows,
+                                int64_t cols, double eps, int x_dtype, int weight_dtype,
+                                int bias_dtype, int threads) {
+  const LayerNormForward a{pointer(x),
+                           pointer(residual),
+                           pointer(weight),
+                           pointer(bias),
+                           pointer(y),
+                           pointer(h),
+                           pointer<float>(statistics),
+                           x_stride,
+                           residual_stride,
+                           cols,
+                           eps,
+                           weight_dtype,
+                           bias_dtype};
+  layer_norm_forward(a, rows, x_dtype, threads);
+}
+
+void layer_norm_backward_binding(uintptr_t dy, int64_t dy_stride, uintptr_t dh, int64_t dh_stride,
+                                 uintptr_t h, int64_t h_stride, uintptr_t weight,
+                                 uintptr_t statistics, uintptr_t dx, uintptr_t partial_weight,
+                                 uintptr_t partial_bias, uintptr_t dweight, uintptr_t dbias,
+                                 int64_t rows, int64_t cols, int x_dtype, int weight_dtype,
+                                 int bias_dtype, int threads) {
+  const LayerNormBackward a{pointer(dy),
+                            pointer(dh),
+                            pointer(h),
+                            pointer(weight),
+                            pointer<float>(statistics),
+                            pointer(dx),
+                            pointer<float>(partial_weight),
+                            pointer<float>(partial_bias),
+                            pointer(dweight),
+                            pointer(dbias),
+                            dy_stride,
+                            dh_stride,
+                            h_stride,
+                            rows,
+                            cols,
+                            weight_dtype,
+                            bias_dtype};
+  layer_norm_backward(a, x_dtype, threads);
 }
 
 // hidden and weight: address and row stride. shapes: rows, vocabulary, size, chunk. options: label
@@ -366,7 +438,11 @@ PYBIND11_MODULE(_native, m) {
   const py::call_guard<py::gil_scoped_release> no_gil;
   m.def("rms_norm_forward", rms_norm_forward_binding, no_gil);
   m.def("rms_norm_backward", rms_norm_backward_binding, no_gil);
-  m.def("rms_norm_block_rows", rms_norm_block_rows, "Rows in a block of dweight's partial sums.");
+  m.def("glu_forward", glu_forward_binding, no_gil);
+  m.def("glu_backward", glu_backward_binding, no_gil);
+  m.def("layer_norm_forward", layer_norm_forward_binding, no_gil);
+  m.def("layer_norm_backward", layer_norm_backward_binding, no_gil);
+  m.def("block_count", block_count, "Blocks of rows in the partial sums of a norm's gradients.");
   m.def("attention_forward", attention_forward_binding, no_gil);
   m.def("attention_backward", attention_backward_binding, no_gil);
   m.def("linear_product", linear_product_binding, no_gil);

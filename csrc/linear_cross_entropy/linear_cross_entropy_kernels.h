@@ -8,15 +8,6 @@ namespace {
 
 constexpr float kLowest = -3.4028234663852886e38f;
 
-// e^d for d up to 80; 0 below -200.
-ALWAYS_INLINE inline Vec exponential(Vec d) {
-  d = d < -200.0f ? splat(-200.0f) : d;
-  const Vec n = round(d * 0x1.715476p+0f);
-  // log2(e) in two parts: the rounding of one would be the power's error.
-  const Vec f = fma(d, splat(0x1.4ae0cp-26f), fma(d, splat(0x1.715476p+0f), -n));
-  return scale_by_power(power_of_two(f), n);
-}
-
 inline float highest(Vec v) {
   float most = v[0];
   for (int i = 1; i < kLanes; ++i) most = v[i] > most ? v[i] : most;

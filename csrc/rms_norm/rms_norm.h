@@ -1,4 +1,4 @@
-// RMSNorm over rows of x, with h = x (+ residual):  y = h * rstd * weight,
+// RMSNorm over rows of x, with h = x (+ residual):  y = h * rstd * (offset + weight),
 // rstd = 1 / sqrt(mean(h^2) + eps).
 #pragma once
 
@@ -13,6 +13,7 @@ struct RmsNormForward {
   float* rstd;           // [rows]
   int64_t x_stride, residual_stride, cols;
   double eps;
+  float offset;
 };
 
 struct RmsNormBackward {
@@ -22,18 +23,11 @@ struct RmsNormBackward {
   const void* weight;  // [cols], dtype weight
   const float* rstd;   // [rows]
   void* dx;            // [rows, cols] contiguous, dtype x
-  float* partial;      // [blocks, cols]: dweight summed over each block of rows; or null
+  float* partial;      // [block_count(rows), cols]: dweight of each block of rows; or null
   void* dweight;       // [cols], dtype weight
   int64_t dy_stride, dh_stride, h_stride, rows, cols;
+  float offset;
 };
-
-// dweight is summed over blocks of rows, and then over the blocks, in an order that follows from
-// the shape alone: the same bits for any number of threads. At most 256 blocks keep the partial
-// sums a few per cent of the traffic; at least 32 rows in each, for the same reason.
-inline int64_t rms_norm_block_rows(int64_t rows) {
-  const int64_t spread = (rows + 255) / 256;
-  return spread < 32 ? 32 : spread;
-}
 
 struct RmsNormKernels {
   void (*forward)(const RmsNormForward&, int x_dtype, int weight_dtype, int64_t begin, int64_t end);

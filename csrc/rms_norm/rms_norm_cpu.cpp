@@ -1,5 +1,6 @@
 #include "rms_norm/rms_norm_cpu.h"
 
+#include "common/column_sums.h"
 #include "common/cpu.h"
 #include "common/parallel.h"
 
@@ -29,8 +30,7 @@ void rms_norm_forward(const RmsNormForward& a, int64_t rows, int x_dtype, int we
 
 void rms_norm_backward(const RmsNormBackward& a, int x_dtype, int weight_dtype, int threads) {
   const auto& table = kernels();
-  const int64_t block_rows = rms_norm_block_rows(a.rows);
-  const int64_t blocks = (a.rows + block_rows - 1) / block_rows;
+  const int64_t blocks = block_count(a.rows);
   const int64_t arrays = a.dh ? 4 : 3;
   parallel_for(threads, blocks, arrays * a.rows * a.cols * size_of(x_dtype),
                [&](int64_t begin, int64_t end) {

@@ -2,7 +2,7 @@
 // own flags. A row is read from memory once; its second pass finds it in the L1 or L2 cache.
 #pragma once
 
-#include "common/dtype.h"
+#include "common/column_sums.h"
 #include "rms_norm/rms_norm.h"
 
 namespace {
@@ -18,6 +18,7 @@ struct Forward {
     T* y = static_cast<T*>(a.y) + i * a.cols;
     const typename W::T* weight = static_cast<const typename W::T*>(a.weight);
     const int64_t cols = a.cols;
+    const float offset = a.offset;
 
     const auto square = [&](int64_t j, int64_t n, Vec into) ALWAYS_INLINE {
       Vec v = load<X>(x + j, n);
@@ -44,7 +45,7 @@ struct Forward {
 
     const T* from = kResidual ? h : x;
     const auto normalize = [&](int64_t j, int64_t n) ALWAYS_INLINE {
-      store<X>(y + j, load<X>(from + j, n) * rstd * load<W>(weight + j, n), n);
+      store<X>(y + j, load<X>(from + j, n) * rstd * (load<W>(weight + j, n) + offset), n);
     };
     for (j = 0; j + kLanes <= cols; j += kLanes) normalize(j, kLanes);
     if (j < cols) normalize(j, cols - j);
@@ -55,7 +56,7 @@ struct Forward {
   }
 };
 
-// With g = dy * weight and c = rstd^3 * mean(g * h):  dx = g * rstd - h * c (+ dh),
+// With g = dy * (offset + weight) and c = rstd^3 * mean(g * h):  dx = g * rstd - h * c (+ dh),
 // dweight = sum over rows of dy * h * rstd.
 template <class X, class W, bool kUpstream, bool kWeight>
 struct Backward {
@@ -69,8 +70,10 @@ struct Backward {
     const T *dy = row_of(a.dy, a.dy_stride, i), *h = row_of(a.h, a.h_stride, i);
     const typename W::T* weight = static_cast<const typename W::T*>(a.weight);
     const int64_t cols = a.cols;
+    const float offset = a.offset;
     const auto product = [&](int64_t j, int64_t n, Vec into) ALWAYS_INLINE {
-      return fma(load<X>(dy + j, n) * load<W>(weight + j, n), load<X>(h + j, n), into);
+      const Vec g = load<X>(dy + j, n) * (load<W>(weight + j, n) + offset);
+      return fma(g, load<X>(h + j, n), into);
     };
     Vec s[4] = {};
     int64_t j = 0;
@@ -99,8 +102,9 @@ struct Backward {
     }
     const typename W::T* weight = static_cast<const typename W::T*>(a.weight);
     const int64_t cols = a.cols;
+    const float offset = a.offset;
     const auto gradients = [&](int64_t j, int64_t n) ALWAYS_INLINE {
-      const Vec w = load<W>(weight + j, n);
+      const Vec w = load<W>(weight + j, n) + offset;
       Vec total = {};
       for (int r = 0; r < kRows; ++r) {
         const Vec d = load<X>(dy[r] + j, n) * a.rstd[i + r], v = load<X>(h[r] + j, n);
@@ -117,31 +121,17 @@ struct Backward {
   }
 
   static void blocks(const RmsNormBackward& a, int64_t begin, int64_t end) {
-    const int64_t block_rows = rms_norm_block_rows(a.rows);
+    const int64_t size = block_rows(a.rows);
     for (int64_t block = begin; block < end; ++block) {
       float* partial = kWeight ? a.partial + block * a.cols : nullptr;
       if (kWeight) memset(partial, 0, size_t(a.cols) * sizeof(float));
-      int64_t i = block * block_rows;
-      const int64_t past = i + block_rows < a.rows ? i + block_rows : a.rows;
+      int64_t i = block * size;
+      const int64_t past = i + size < a.rows ? i + size : a.rows;
       for (; i + 4 <= past; i += 4) rows<4>(a, i, partial);
       for (; i < past; ++i) rows<1>(a, i, partial);
     }
   }
 };
-
-template <class W>
-void dweight_columns(const RmsNormBackward& a, int64_t begin, int64_t end) {
-  typename W::T* dweight = static_cast<typename W::T*>(a.dweight);
-  const int64_t block_rows = rms_norm_block_rows(a.rows);
-  const int64_t blocks = (a.rows + block_rows - 1) / block_rows;
-  for (int64_t j = begin; j < end; j += kLanes) {
-    const int64_t n = end - j < kLanes ? end - j : kLanes;
-    Vec s[4] = {};
-    for (int64_t block = 0; block < blocks; ++block)
-      s[block % 4] += load<F32>(a.partial + block * a.cols + j, n);
-    store<W>(dweight + j, (s[0] + s[1]) + (s[2] + s[3]), n);
-  }
-}
 
 template <class X, class W>
 void forward_typed(const RmsNormForward& a, int64_t begin, int64_t end) {
@@ -203,12 +193,7 @@ void backward(const RmsNormBackward& a, int x_dtype, int weight_dtype, int64_t b
 }
 
 void dweight(const RmsNormBackward& a, int weight_dtype, int64_t begin, int64_t end) {
-  if (weight_dtype == kFloat32)
-    dweight_columns<F32>(a, begin, end);
-  else if (weight_dtype == kBFloat16)
-    dweight_columns<BF16>(a, begin, end);
-  else
-    dweight_columns<F16>(a, begin, end);
+  sum_blocks(a.partial, block_count(a.rows), a.cols, a.dweight, weight_dtype, begin, end);
 }
 
 }  // namespace

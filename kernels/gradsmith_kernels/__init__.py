@@ -4,6 +4,8 @@
 >>> out = attention(q, k, v, causal=True)                  # (B, S, H, D), as flash-attention
 >>> y = rms_norm(x, weight)                                # or rms_norm(x, weight, residual=r)
 >>> q, k = rope(q, k, cos, sin)                            # rotary embedding, one pass over both
+>>> y = swiglu(gate, up)                                   # silu(gate) * up; geglu likewise
+>>> y = layer_norm(x, weight, bias)                        # likewise
 >>> loss = linear_cross_entropy(hidden, lm_head.weight, target)   # without the logits
 >>> optimizer = optim.AdamW(model.parameters(), lr=3e-4)   # a torch.optim.Optimizer
 >>> report = accelerate(model)                             # our kernels under a transformers model
@@ -15,6 +17,8 @@ your machine, and `gradsmith_kernels.backends.availability()` says what runs whe
 from gradsmith_kernels import backends, optim
 from gradsmith_kernels.accelerate import accelerate
 from gradsmith_kernels.attention import attention, attention_varlen
+from gradsmith_kernels.glu import geglu, swiglu
+from gradsmith_kernels.layer_norm import layer_norm
 from gradsmith_kernels.linear import linear
 from gradsmith_kernels.linear_cross_entropy import linear_cross_entropy
 from gradsmith_kernels.rms_norm import rms_norm
@@ -25,9 +29,12 @@ __all__ = [
     "attention",
     "attention_varlen",
     "backends",
+    "geglu",
+    "layer_norm",
     "linear",
     "linear_cross_entropy",
     "optim",
     "rms_norm",
     "rope",
+    "swiglu",
 ]

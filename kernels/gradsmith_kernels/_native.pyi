@@ -16,6 +16,7 @@ def rms_norm_forward(
     rows: int,
     cols: int,
     eps: float,
+    offset: float,
     x_dtype: int,
     weight_dtype: int,
     threads: int,
@@ -35,12 +36,54 @@ def rms_norm_backward(
     dweight: int,
     rows: int,
     cols: int,
+    offset: float,
     x_dtype: int,
     weight_dtype: int,
     threads: int,
     /,
 ) -> None: ...
-def rms_norm_block_rows(rows: int, /) -> int: ...
+def layer_norm_forward(
+    x: int,
+    x_stride: int,
+    residual: int,
+    residual_stride: int,
+    weight: int,
+    bias: int,
+    y: int,
+    h: int,
+    statistics: int,
+    rows: int,
+    cols: int,
+    eps: float,
+    x_dtype: int,
+    weight_dtype: int,
+    bias_dtype: int,
+    threads: int,
+    /,
+) -> None: ...
+def layer_norm_backward(
+    dy: int,
+    dy_stride: int,
+    dh: int,
+    dh_stride: int,
+    h: int,
+    h_stride: int,
+    weight: int,
+    statistics: int,
+    dx: int,
+    partial_weight: int,
+    partial_bias: int,
+    dweight: int,
+    dbias: int,
+    rows: int,
+    cols: int,
+    x_dtype: int,
+    weight_dtype: int,
+    bias_dtype: int,
+    threads: int,
+    /,
+) -> None: ...
+def block_count(rows: int, /) -> int: ...
 
 _View = tuple[int, int, int, int]
 _Shapes = tuple[int, int, int, int, int, int]
@@ -89,6 +132,29 @@ def linear_product(
     bias: int,
     c: int,
     shape: tuple[int, int, int],
+    threads: int,
+    /,
+) -> None: ...
+def glu_forward(
+    gate: tuple[int, int],
+    up: tuple[int, int],
+    y: int,
+    rows: int,
+    cols: int,
+    activation: int,
+    dtype: int,
+    threads: int,
+    /,
+) -> None: ...
+def glu_backward(
+    dy: tuple[int, int],
+    gate: tuple[int, int],
+    up: tuple[int, int],
+    gradients: tuple[int, int],
+    rows: int,
+    cols: int,
+    activation: int,
+    dtype: int,
     threads: int,
     /,
 ) -> None: ...

@@ -1,8 +1,9 @@
 """Puts gradsmith's kernels under a transformers model, in place and undoable.
 
 Attention comes in by transformers' own door (transformers_attention.py). Another module is replaced
-by giving it a subclass of its own class with another `forward`. Parameters, state-dict names,
-hooks, `isinstance` and saving stay as they were.
+by giving it a subclass of its own class with another `forward` (transformers_modules.py, and
+transformers_loss.py for the loss). Parameters, state-dict names, hooks, `isinstance` and saving
+stay as they were.
 """
 
 from __future__ import annotations
@@ -14,20 +15,13 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from gradsmith_kernels import backends, transformers_loss
+from gradsmith_kernels import transformers_loss, transformers_modules
 from gradsmith_kernels.attention import op as attention_op
 from gradsmith_kernels.linear_cross_entropy import op as linear_cross_entropy_op
-from gradsmith_kernels.rms_norm import op as rms_norm_op
-from gradsmith_kernels.rms_norm import rms_norm
 
 __all__ = ["Report", "accelerate"]
-
-# Classes of transformers whose forward is y = weight * (x / rms(x)), with `variance_epsilon`.
-# Others that are called RMSNorm scale by 1 + weight (Gemma) or gate the input (Mamba).
-_RMS_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 
 
 @dataclass
@@ -36,7 +30,8 @@ class Report:
 
     replaced: module name -> (op, backend) that now computes it. For attention that is the name of
         the model whose layers it is, "" for the one that was given; for the loss that of lm_head.
-    left_alone: module name -> why it was not replaced, for modules that look as if they could be.
+    left_alone: module name -> why it was not replaced, for modules that look as if they could be;
+        "" alone where there are none in the whole model.
     """
 
     replaced: dict[str, tuple[str, str]] = field(default_factory=dict)
@@ -44,10 +39,15 @@ class Report:
     _undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
 
     def undo(self) -> None:
-        """Gives every replaced module its own forward back."""
-        for restore in self._undo:
-            restore()
-        self._undo.clear()
+        """Gives every replaced module its own forward back, the last one first.
+
+        Raises:
+            RuntimeError: a module has been given another class since, by FSDP for instance; what
+                was replaced before it is still to be undone.
+        """
+        while self._undo:
+            self._undo[-1]()
+            self._undo.pop()
 
     def __str__(self) -> str:
         lines = [
@@ -56,7 +56,7 @@ class Report:
         lines += [
             f"{name or 'model'}: left alone, {reason}" for name, reason in self.left_alone.items()
         ]
-        return "\n".join(lines) or "no module that gradsmith_kernels could replace"
+        return "\n".join(lines)
 
 
 def accelerate(
@@ -67,18 +67,18 @@ def accelerate(
 ) -> Report:
     """Replaces what gradsmith has kernels for inside a transformers model.
 
-    Today that is
-
     - `attention`, under every model whose attention transformers can exchange and that can do
       without a mask of Sq x Sk (those that take flash attention);
-    - `rms_norm`, under Llama, Mistral, Qwen2 and Qwen3 models (with frozen weights too, whose
-      gradient is then not computed);
-    - `linear_cross_entropy`, in the loss of Llama, Mistral, Qwen2, Qwen3, Gemma 2 and 3, Phi-3,
-      SmolLM3 and GPT-2 models in training, when they are called with labels: their output then
-      holds the loss and no logits.
+    - `layer_norm`, under every torch.nn.LayerNorm over one dimension, and ConvNeXt's own;
+    - `rms_norm`, under Llama, Mistral, Qwen2, Qwen3, Gemma 2 and 3, Phi-3 and SmolLM3;
+    - `rope`, in the attention of those and of ModernBERT;
+    - `glu`, in the MLPs of all these and in DINOv2's with SwiGLU;
+    - `linear_cross_entropy`, in the loss of those that are causal language models and of GPT-2, in
+      training, when they are called with labels: their output then holds the loss and no logits.
 
-    The loss and the gradients stay those of the untouched model to rounding. What is replaced
-    already is left alone, so calling it twice is harmless.
+    The loss and the gradients stay those of the untouched model to rounding; gradients of frozen
+    weights are not computed. Modules of other classes that do the same work are left alone, and the
+    report names them. What is replaced already is left alone, so calling it twice is harmless.
 
     Args:
         model: a model of transformers, on its device and with its weights loaded.
@@ -88,23 +88,25 @@ def accelerate(
     Raises:
         ValueError: `only` or `without` names an unknown op.
     """
-    ops = {
-        "attention": _accelerate_attention,
-        "linear_cross_entropy": _accelerate_loss,
-        "rms_norm": _accelerate_rms_norm,
-    }
+    ops = ["attention", *transformers_modules.KINDS, "linear_cross_entropy"]
     for argument, names in (("only", only), ("without", without)):
         for name in names or ():
             if name not in ops:
                 nearest = difflib.get_close_matches(name, ops, 1)
                 hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-                raise ValueError(
-                    f"accelerate: {argument} names {name!r}, not one of {[*ops]}{hint}"
-                )
+                raise ValueError(f"accelerate: {argument} names {name!r}, not one of {ops}{hint}")
     report = Report()
-    for op, replace in ops.items():
-        if (only is None or op in only) and op not in (without or ()):
-            replace(model, report)
+    for op in ops:
+        if (only is not None and op not in only) or op in (without or ()):
+            continue
+        if op == "attention":
+            _accelerate_attention(model, report)
+        elif op == "linear_cross_entropy":
+            _accelerate_loss(model, report)
+        else:
+            _accelerate_modules(transformers_modules.KINDS[op], model, report)
+    if not report.replaced and not report.left_alone:
+        report.left_alone[""] = f"nothing in a {type(model).__name__} is known to these ops"
     return report
 
 
@@ -172,63 +174,17 @@ def _accelerate_loss(model: nn.Module, report: Report) -> None:
             continue
         weight: Any = module.lm_head.weight
         backend = linear_cross_entropy_op.OP.resolve(None, weight.device.type, weight.dtype)
-        report._undo.append(transformers_loss.replace(module))
+        report._undo += transformers_loss.replace(module)
         report.replaced[head] = ("linear_cross_entropy", backend)
 
 
-def _accelerate_rms_norm(model: nn.Module, report: Report) -> None:
+def _accelerate_modules(kind: transformers_modules.Kind, model: nn.Module, report: Report) -> None:
     for name, module in model.named_modules():
-        cls = type(module)
-        if issubclass(cls, _Accelerated):
-            report.left_alone[name] = "already accelerated"
-        elif cls.__name__.endswith("RMSNorm"):
-            reason = _unfit_rms_norm(module)
-            if reason:
-                report.left_alone[name] = reason
-                continue
-            weight: Any = module.weight
-            backend = rms_norm_op.OP.resolve(None, weight.device.type, weight.dtype)
-            module.__class__ = _subclass(cls)
-            report.replaced[name] = ("rms_norm", backend)
-            report._undo.append(functools.partial(setattr, module, "__class__", cls))
-
-
-def _unfit_rms_norm(module: Any) -> str | None:
-    """Why a module called ...RMSNorm is not one that `rms_norm` can stand in for."""
-    cls = type(module)
-    weight = getattr(module, "weight", None)
-    if not cls.__module__.startswith("transformers.models.") or cls.__name__ not in _RMS_NORMS:
-        return f"{cls.__name__} is not a class whose formula is known to be RMSNorm's"
-    if not isinstance(weight, Tensor) or not hasattr(module, "variance_epsilon"):
-        return "it has no weight and variance_epsilon"
-    if weight.device.type == "meta":
-        return "its weight is on the meta device: accelerate the model after loading it"
-    if weight.dtype not in rms_norm_op.FLOATS:
-        return f"its weight is {weight.dtype} (quantised, or beyond what the kernels take)"
-    try:
-        rms_norm_op.OP.resolve(None, weight.device.type, weight.dtype)
-    except backends.BackendError as error:
-        return str(error)
-    return None
-
-
-class _Accelerated:
-    """Marks the subclasses that `accelerate` makes."""
-
-
-_subclasses: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-def _subclass(cls: type[nn.Module]) -> type[nn.Module]:
-    if cls not in _subclasses:
-        original: Callable[[nn.Module, Tensor], Tensor] = cls.forward
-
-        def forward(self: Any, hidden_states: Tensor) -> Tensor:
-            # Where the dtypes differ, the module's own result has the wider one.
-            if torch.promote_types(hidden_states.dtype, self.weight.dtype) != hidden_states.dtype:
-                return original(self, hidden_states)
-            return rms_norm(hidden_states, self.weight, eps=self.variance_epsilon)
-
-        name = f"Accelerated{cls.__name__}"
-        _subclasses[cls] = type(name, (_Accelerated, cls), {"forward": forward})
-    return _subclasses[cls]
+        if not kind.concerns(module):
+            continue
+        reason = kind.unfit(module, model)
+        if reason:
+            report.left_alone[name] = reason
+            continue
+        report._undo.append(kind.replace(module))
+        report.replaced[name] = (kind.op.name, kind.backend(module, model))

@@ -30,3 +30,11 @@ def adjacent(x: Tensor) -> Tensor:
     The caller keeps the tensor alive for as long as its address is in use.
     """
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def shape_as_rows(*tensors: Tensor) -> tuple[int, int]:
+    """Rows and columns of tensors of one shape (not empty); one row if none of them has gaps."""
+    numel, cols = tensors[0].numel(), tensors[0].shape[-1]
+    if all(tensor.is_contiguous() for tensor in tensors):
+        return 1, numel
+    return numel // cols, cols

@@ -9,7 +9,6 @@ model's own forward runs.
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from gradsmith_kernels import backends
 from gradsmith_kernels.linear_cross_entropy import linear_cross_entropy
 from gradsmith_kernels.linear_cross_entropy.op import FLOATS, OP
+from gradsmith_kernels.transformers_modules import Accelerated, exchange, subclass
 
 # Classes whose logits are lm_head's of the last hidden state, with Gemma's softcap at most, and
 # whose loss is transformers' ForCausalLMLoss. Others scale the logits (Granite, Cohere) or add to
@@ -37,10 +37,6 @@ MODELS = (
 )
 
 
-class Accelerated:
-    """Marks the classes that are made here."""
-
-
 def looks_like_one(module: nn.Module) -> bool:
     # Not hasattr: peft's models hand on what the model within has.
     named = type(module).__name__.endswith(("ForCausalLM", "LMHeadModel"))
@@ -56,6 +52,8 @@ def unfit(model: Any) -> str | None:
         return f"{cls.__name__} is not a class whose loss is known to be lm_head's cross-entropy"
     if type(head) is not nn.Linear:
         return f"its lm_head is a {type(head).__module__}.{type(head).__name__}, not a plain Linear"
+    if "forward" in vars(model):
+        return "somebody has given the model a forward of its own"
     if vars(model).get("_loss_function") is not None:
         return "somebody has given it another loss"
     if head.weight.device.type == "meta":
@@ -69,17 +67,9 @@ def unfit(model: Any) -> str | None:
     return None
 
 
-def replace(model: Any) -> Callable[[], None]:
+def replace(model: Any) -> list[Callable[[], None]]:
     """Gives a fit model the loss; returns what undoes it."""
-    head, cls = model.lm_head, type(model)
-    model.__class__ = _with_loss(cls)
-    head.__class__ = _Head
-
-    def undo() -> None:
-        model.__class__ = cls
-        head.__class__ = nn.Linear
-
-    return undo
+    return [exchange(model, subclass(type(model), _with_loss)), exchange(model.lm_head, _Head)]
 
 
 class _Head(Accelerated, nn.Linear):
@@ -95,32 +85,22 @@ class _Head(Accelerated, nn.Linear):
         )
 
 
-_classes: dict[type, type] = {}
+def _with_loss(original: Any) -> Any:
+    def forward(self: Any, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        if labels is None:
+            return original(self, *args, **kwargs)
+        plain = (
+            not self.training
+            or type(self.lm_head) is not _Head  # replaced since, by peft for instance
+            or not isinstance(kwargs.get("logits_to_keep", 0), int)
+            or kwargs.get("logits_to_keep", 0) != 0
+            or kwargs.get("return_dict", self.config.return_dict) is False
+        )
+        if plain:
+            return original(self, *args, labels=labels, **kwargs)
+        return _forward(self, labels, *args, **kwargs)
 
-
-def _with_loss(cls: type) -> type:
-    if cls not in _classes:
-        original: Any = cls.forward  # type: ignore[attr-defined]
-
-        @functools.wraps(original)  # the HF Trainer and generate() read its signature
-        def forward(self: Any, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
-            if labels is None:
-                return original(self, *args, **kwargs)
-            plain = (
-                not self.training
-                or type(self.lm_head) is not _Head  # replaced since, by peft for instance
-                or not isinstance(kwargs.get("logits_to_keep", 0), int)
-                or kwargs.get("logits_to_keep", 0) != 0
-                or kwargs.get("return_dict", self.config.return_dict) is False
-            )
-            if plain:
-                return original(self, *args, labels=labels, **kwargs)
-            return _forward(self, labels, *args, **kwargs)
-
-        # Its name, which save_pretrained writes into the config, stays.
-        names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
-        _classes[cls] = type(cls.__name__, (Accelerated, cls), {"forward": forward, **names})
-    return _classes[cls]
+    return forward
 
 
 def _forward(

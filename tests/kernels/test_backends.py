@@ -38,6 +38,8 @@ def test_availability_names_every_op_and_backend():
     assert set(table) == {
         "adafactor_step",
         "attention",
+        "glu",
+        "layer_norm",
         "linear",
         "linear_cross_entropy",
         "newton_schulz",

@@ -17,9 +17,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
     weight_dtype=st.sampled_from(DTYPES),
     residual=st.booleans(),
     layout=st.sampled_from(["contiguous", "rows", "columns"]),
+    offset=st.sampled_from([0.0, 1.0]),
 )
-def test_any_shape(shape, cols, dtype, weight_dtype, residual, layout):
-    drawn = sample((*shape, cols), dtype, weight_dtype, residual, layout)
+def test_any_shape(shape, cols, dtype, weight_dtype, residual, layout, offset):
+    drawn = sample((*shape, cols), dtype, weight_dtype, residual, layout, offset)
     testing.check_parity(SPEC, drawn, "cpu", torch.device("cpu"))
 
 
@@ -45,6 +46,51 @@ def test_with_a_residual_it_is_the_sum_normalised():
     y, h = rms_norm(x, weight, residual=residual)
     assert torch.equal(h, x + residual)
     assert torch.equal(y, rms_norm(h, weight))
+
+
+@pytest.mark.parametrize(
+    ("family", "offset"), [("llama.Llama", 0.0), ("gemma2.Gemma2", 1.0), ("gemma3.Gemma3", 1.0)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_offset_is_that_of_the_model_family(family, offset, dtype):
+    """Gemma's modules scale by 1 + weight, Llama's by weight: the modules themselves judge."""
+    module, _, name = family.partition(".")
+    models = pytest.importorskip(f"transformers.models.{module}.modeling_{module}")
+    norm = getattr(models, f"{name}RMSNorm")(96, eps=1e-5)
+    with torch.no_grad():
+        norm.weight.normal_()
+    norm.to(dtype)
+    x = torch.randn(50, 96, dtype=dtype, requires_grad=True)
+    dy = torch.randn(50, 96, dtype=dtype)
+
+    def results(function, *leaves):
+        y = function(*leaves)
+        return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype))]
+
+    theirs = results(lambda x, _: norm(x), x, norm.weight)
+    ours = results(lambda x, w: rms_norm(x, w, eps=1e-5, offset=offset), x, norm.weight)
+    exact = results(
+        lambda x, w: rms_norm(x, w, eps=1e-5, offset=offset, backend="reference"),
+        x.detach().double().requires_grad_(),
+        norm.weight.detach().double().requires_grad_(),
+    )
+    # The same function to rounding (a forgotten offset is an error of about 1), and no less exact.
+    for mine, other, truth in zip(ours, theirs, exact, strict=True):
+        assert testing.relative_error(other, truth) < 4 * testing.UNIT_ROUNDOFF[dtype]
+        error = testing.relative_error(mine, truth)
+        bound = testing.error_bound(
+            testing.relative_error(other, truth), dtype, mine.numel(), "cpu"
+        )
+        assert error <= bound
+
+
+def test_offset_and_weight_are_added_in_float32():
+    """1 + a small bfloat16 weight is not a bfloat16: added in that type it would be lost."""
+    x = torch.randn(4, 64)
+    weight = torch.full((64,), 2.0**-12, dtype=torch.bfloat16)
+    scaled = rms_norm(x, weight, offset=1.0)
+    assert torch.equal(scaled, rms_norm(x, weight.float() + 1.0))
+    assert not torch.equal(scaled, rms_norm(x, torch.ones(64)))
 
 
 def test_a_frozen_weight_gets_no_gradient_and_the_rest_the_same():
@@ -82,10 +128,13 @@ def test_offsets_beyond_2_to_the_31_elements():
 def test_the_reference_in_float64_passes_gradcheck():
     x, residual = (torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
     weight = torch.randn(5, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(
-        lambda x, r, w: rms_norm(x, w, residual=r), (x, residual, weight)
-    )
-    assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w), (x, weight))
+    for offset in (0.0, 1.0):
+        assert torch.autograd.gradcheck(
+            lambda x, r, w, at=offset: rms_norm(x, w, offset=at, residual=r), (x, residual, weight)
+        )
+        assert torch.autograd.gradcheck(
+            lambda x, w, at=offset: rms_norm(x, w, offset=at), (x, weight)
+        )
 
 
 def test_the_gil_is_released():
@@ -125,6 +174,7 @@ def test_the_gil_is_released():
         ({"residual": torch.ones(2, 4).half()}, TypeError, "residual is torch.float16"),
         ({"eps": 0.0}, ValueError, "eps is 0.0; it must be > 0"),
         ({"eps": float("nan")}, ValueError, "eps is nan"),
+        ({"offset": float("inf")}, ValueError, "offset is inf; it must be finite"),
         ({"backend": "cudnn"}, ValueError, "'cudnn' is not one of reference, cpu, triton, cuda"),
         ({"backend": "cuda"}, backends.BackendError, "rms_norm has no cuda implementation"),
     ],

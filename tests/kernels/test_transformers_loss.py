@@ -125,6 +125,9 @@ def test_what_is_left_alone_is_named():
     custom = tiny()
     custom.loss_function = lambda *_, **__: torch.zeros(())
     assert "another loss" in why(custom)
+    custom = tiny()
+    custom.forward = custom.forward  # as TRL's SFTTrainer does it
+    assert "a forward of its own" in why(custom)
 
 
 def test_an_adapter_on_lm_head_is_left_alone_and_one_beside_it_is_not():

@@ -10,7 +10,7 @@ from gradsmith_kernels.native import DTYPE_CODES, as_rows
 
 
 def forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     rstd = torch.empty(x.shape[:-1], dtype=torch.float32)
@@ -32,6 +32,7 @@ def forward(
         rstd.numel(),
         x.shape[-1],
         eps,
+        offset,
         DTYPE_CODES[x.dtype],
         DTYPE_CODES[weight.dtype],
         torch.get_num_threads(),
@@ -40,7 +41,13 @@ def forward(
 
 
 def backward(
-    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor, need_dweight: bool
+    dy: Tensor,
+    dh: Tensor | None,
+    h: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    offset: float,
+    need_dweight: bool,
 ) -> tuple[Tensor, Tensor]:
     cols = h.shape[-1]
     rows = rstd.numel()
@@ -48,7 +55,7 @@ def backward(
     dweight = torch.empty(cols if need_dweight else 0, dtype=weight.dtype)
     if h.numel() == 0:
         return dx, dweight.zero_()
-    blocks = -(-rows // _native.rms_norm_block_rows(rows))
+    blocks = _native.block_count(rows)
     partial = torch.empty((blocks, cols) if need_dweight else 0, dtype=torch.float32)
     weight = weight.contiguous()
     rstd = rstd.contiguous()
@@ -69,6 +76,7 @@ def backward(
         dweight.data_ptr() if need_dweight else 0,
         rows,
         cols,
+        offset,
         DTYPE_CODES[h.dtype],
         DTYPE_CODES[weight.dtype],
         torch.get_num_threads(),

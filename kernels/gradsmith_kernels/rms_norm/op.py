@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -21,46 +22,59 @@ OP = Op(
 
 torch.library.define(
     "gradsmith::rms_norm",
-    "(Tensor x, Tensor weight, float eps, str? backend=None) -> (Tensor y, Tensor rstd)",
+    "(Tensor x, Tensor weight, float eps, float offset, str? backend=None)"
+    " -> (Tensor y, Tensor rstd)",
 )
 torch.library.define(
     "gradsmith::add_rms_norm",
-    "(Tensor x, Tensor residual, Tensor weight, float eps, str? backend=None)"
+    "(Tensor x, Tensor residual, Tensor weight, float eps, float offset, str? backend=None)"
     " -> (Tensor y, Tensor h, Tensor rstd)",
 )
 torch.library.define(
     "gradsmith::rms_norm_backward",
-    "(Tensor dy, Tensor? dh, Tensor h, Tensor weight, Tensor rstd, bool need_dweight,"
-    " str? backend=None) -> (Tensor dx, Tensor dweight)",
+    "(Tensor dy, Tensor? dh, Tensor h, Tensor weight, Tensor rstd, float offset,"
+    " bool need_dweight, str? backend=None) -> (Tensor dx, Tensor dweight)",
 )
 
 
-def _check(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> None:
-    for name, tensor in (("x", x), ("weight", weight)):
+def check_norm(
+    op: str, x: Tensor, residual: Tensor | None, eps: float, **parameters: Tensor | None
+) -> None:
+    """What every norm over the last dimension asks of its arguments; `parameters` may be None."""
+    given = [(name, tensor) for name, tensor in parameters.items() if tensor is not None]
+    for name, tensor in (("x", x), *given):
         if tensor.dtype not in (*FLOATS, torch.float64):
             raise TypeError(
-                f"rms_norm: {name} is {tensor.dtype}; it must be float32, bfloat16, float16 or "
-                "float64"
+                f"{op}: {name} is {tensor.dtype}; it must be float32, bfloat16, float16 or float64"
             )
-    if (x.dtype == torch.float64) != (weight.dtype == torch.float64):
-        raise TypeError(f"rms_norm: float64 does not mix: x is {x.dtype}, weight {weight.dtype}")
-    if x.dim() == 0 or weight.shape != x.shape[-1:]:
-        raise ValueError(
-            f"rms_norm: weight must have the size of x's last dimension: x is {tuple(x.shape)}, "
-            f"weight is {tuple(weight.shape)}"
-        )
-    if weight.device != x.device:
-        raise ValueError(f"rms_norm: x is on {x.device}, weight on {weight.device}")
+    for name, tensor in given:
+        if (x.dtype == torch.float64) != (tensor.dtype == torch.float64):
+            raise TypeError(f"{op}: float64 does not mix: x is {x.dtype}, {name} {tensor.dtype}")
+        if tensor.shape != x.shape[-1:] or x.dim() == 0:
+            raise ValueError(
+                f"{op}: {name} must have the size of x's last dimension: x is {tuple(x.shape)}, "
+                f"{name} is {tuple(tensor.shape)}"
+            )
+        if tensor.device != x.device:
+            raise ValueError(f"{op}: x is on {x.device}, {name} on {tensor.device}")
+    if x.dim() == 0:
+        raise ValueError(f"{op}: x is (); it needs a last dimension to normalise over")
     if residual is not None:
         if residual.shape != x.shape or residual.device != x.device:
             raise ValueError(
-                f"rms_norm: residual must be like x, which is {tuple(x.shape)} on {x.device}; "
+                f"{op}: residual must be like x, which is {tuple(x.shape)} on {x.device}; "
                 f"it is {tuple(residual.shape)} on {residual.device}"
             )
         if residual.dtype != x.dtype:
-            raise TypeError(f"rms_norm: residual is {residual.dtype}, x is {x.dtype}")
+            raise TypeError(f"{op}: residual is {residual.dtype}, x is {x.dtype}")
     if not eps > 0:
-        raise ValueError(f"rms_norm: eps is {eps}; it must be > 0")
+        raise ValueError(f"{op}: eps is {eps}; it must be > 0")
+
+
+def _check(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float) -> None:
+    check_norm("rms_norm", x, residual, eps, weight=weight)
+    if not math.isfinite(offset):
+        raise ValueError(f"rms_norm: offset is {offset}; it must be finite")
 
 
 def _empty(x: Tensor) -> Tensor:
@@ -72,34 +86,44 @@ def _empty_rstd(x: Tensor) -> Tensor:
 
 
 def _rms_norm(
-    x: Tensor, weight: Tensor, eps: float, backend: str | None = None
+    x: Tensor, weight: Tensor, eps: float, offset: float, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    _check(x, None, weight, eps)
-    y, _, rstd = OP.choose(backend, x.device, x.dtype).forward(x, None, weight, eps)
+    _check(x, None, weight, eps, offset)
+    y, _, rstd = OP.choose(backend, x.device, x.dtype).forward(x, None, weight, eps, offset)
     return y, rstd
 
 
 def _rms_norm_fake(
-    x: Tensor, weight: Tensor, eps: float, backend: str | None = None
+    x: Tensor, weight: Tensor, eps: float, offset: float, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    _check(x, None, weight, eps)
+    _check(x, None, weight, eps, offset)
     return _empty(x), _empty_rstd(x)
 
 
 def _add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, backend: str | None = None
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    offset: float,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(x, residual, weight, eps)
+    _check(x, residual, weight, eps, offset)
     result: tuple[Tensor, Tensor, Tensor] = OP.choose(backend, x.device, x.dtype).forward(
-        x, residual, weight, eps
+        x, residual, weight, eps, offset
     )
     return result
 
 
 def _add_rms_norm_fake(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, backend: str | None = None
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    offset: float,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(x, residual, weight, eps)
+    _check(x, residual, weight, eps, offset)
     return _empty(x), _empty(x), _empty_rstd(x)
 
 
@@ -109,11 +133,12 @@ def _rms_norm_backward(
     h: Tensor,
     weight: Tensor,
     rstd: Tensor,
+    offset: float,
     need_dweight: bool,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     result: tuple[Tensor, Tensor] = OP.choose(backend, h.device, h.dtype).backward(
-        dy, dh, h, weight, rstd, need_dweight
+        dy, dh, h, weight, rstd, offset, need_dweight
     )
     return result
 
@@ -124,6 +149,7 @@ def _rms_norm_backward_fake(
     h: Tensor,
     weight: Tensor,
     rstd: Tensor,
+    offset: float,
     need_dweight: bool,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -133,13 +159,13 @@ def _rms_norm_backward_fake(
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, eps: float, backend: str | None
+        ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float, backend: str | None
     ) -> tuple[Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
-            y, rstd = torch.ops.gradsmith.rms_norm.default(x, weight, eps, backend)
+            y, rstd = torch.ops.gradsmith.rms_norm.default(x, weight, eps, offset, backend)
         ctx.save_for_backward(x, weight, rstd)
         ctx.mark_non_differentiable(rstd)
-        ctx.backend = backend
+        ctx.offset, ctx.backend = offset, backend
         return y, rstd
 
     @staticmethod
@@ -147,21 +173,29 @@ class _RmsNorm(torch.autograd.Function):
         x, weight, rstd = ctx.saved_tensors
         need_dweight = ctx.needs_input_grad[1]
         dx, dweight = torch.ops.gradsmith.rms_norm_backward.default(
-            dy, None, x, weight, rstd, need_dweight, ctx.backend
+            dy, None, x, weight, rstd, ctx.offset, need_dweight, ctx.backend
         )
-        return dx, dweight if need_dweight else None, None, None
+        return dx, dweight if need_dweight else None, None, None, None
 
 
 class _AddRmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float, backend: str | None
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        eps: float,
+        offset: float,
+        backend: str | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
-            y, h, rstd = torch.ops.gradsmith.add_rms_norm.default(x, residual, weight, eps, backend)
+            y, h, rstd = torch.ops.gradsmith.add_rms_norm.default(
+                x, residual, weight, eps, offset, backend
+            )
         ctx.save_for_backward(h, weight, rstd)
         ctx.mark_non_differentiable(rstd)
-        ctx.backend = backend
+        ctx.offset, ctx.backend = offset, backend
         return y, h, rstd
 
     @staticmethod
@@ -169,9 +203,9 @@ class _AddRmsNorm(torch.autograd.Function):
         h, weight, rstd = ctx.saved_tensors
         need_dweight = ctx.needs_input_grad[2]
         dx, dweight = torch.ops.gradsmith.rms_norm_backward.default(
-            dy, dh, h, weight, rstd, need_dweight, ctx.backend
+            dy, dh, h, weight, rstd, ctx.offset, need_dweight, ctx.backend
         )
-        return dx, dx, dweight if need_dweight else None, None, None
+        return dx, dx, dweight if need_dweight else None, None, None, None
 
 
 class _RmsNormBackward(torch.autograd.Function):
@@ -187,17 +221,22 @@ class _RmsNormBackward(torch.autograd.Function):
 
 
 def _rms_norm_autograd(
-    x: Tensor, weight: Tensor, eps: float, backend: str | None = None
+    x: Tensor, weight: Tensor, eps: float, offset: float, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    y, rstd = _RmsNorm.apply(x, weight, eps, backend)  # type: ignore[no-untyped-call]
+    y, rstd = _RmsNorm.apply(x, weight, eps, offset, backend)  # type: ignore[no-untyped-call]
     return y, rstd
 
 
 def _add_rms_norm_autograd(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, backend: str | None = None
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    offset: float,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     apply: Any = _AddRmsNorm.apply  # untyped in torch
-    y, h, rstd = apply(x, residual, weight, eps, backend)
+    y, h, rstd = apply(x, residual, weight, eps, offset, backend)
     return y, h, rstd
 
 
@@ -207,11 +246,12 @@ def _rms_norm_backward_autograd(
     h: Tensor,
     weight: Tensor,
     rstd: Tensor,
+    offset: float,
     need_dweight: bool,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     apply: Any = _RmsNormBackward.apply  # untyped in torch
-    dx, dweight = apply(dy, dh, h, weight, rstd, need_dweight, backend)
+    dx, dweight = apply(dy, dh, h, weight, rstd, offset, need_dweight, backend)
     return dx, dweight
 
 

@@ -22,6 +22,10 @@ from gradsmith_kernels.spec import (
 )
 from gradsmith_kernels.testing import check_parity
 
+# x, weight, residual, offset -> y, h
+Function = Callable[[Tensor, Tensor, Tensor | None, float], tuple[Tensor, Tensor]]
+Timed = Callable[[Function, Inputs], None]
+
 EPS = 1e-6
 SHAPES = (
     (1, 1),
@@ -37,37 +41,54 @@ SHAPES = (
 )
 
 
+def in_layout(
+    layout: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    generator: torch.Generator,
+    mean: float = 0.0,
+) -> Tensor:
+    """Normal numbers of deviation 1 in a tensor of this shape.
+
+    layout: "contiguous"; "rows" (rows further apart than they are long); "columns" (elements of a
+    row not adjacent); "heads" (a transposed view of four dimensions).
+    """
+
+    def normal(*size: int) -> Tensor:
+        return (torch.randn(size, generator=generator) + mean).to(dtype).to(device)
+
+    if layout == "rows":
+        return normal(*shape[:-1], shape[-1] + 24)[..., 8 : 8 + shape[-1]]
+    if layout == "columns":
+        return normal(*shape[:-1], 2 * shape[-1])[..., ::2]
+    if layout == "heads":
+        batch, heads, length, size = shape
+        return normal(batch, length, heads, size).transpose(1, 2)
+    return normal(*shape)
+
+
 def make_inputs(
     shape: tuple[int, ...],
     dtype: torch.dtype,
     weight_dtype: torch.dtype,
     residual: bool,
     layout: str,
+    offset: float,
     device: torch.device,
 ) -> Inputs:
-    """x, weight, residual and the upstream gradients dy and dh (all non-uniform).
+    """x, weight, offset, residual and the upstream gradients dy and dh (all non-uniform).
 
-    layout: of x, residual, dy and dh: "contiguous"; "rows" (rows further apart than they are long);
-    "columns" (elements of a row not adjacent); "heads" (a transposed view of four dimensions).
+    layout: of x, residual, dy and dh, see `in_layout`.
     """
     generator = torch.Generator().manual_seed(math.prod(shape) + len(shape))
 
-    def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator)
-
     def tensor() -> Tensor:
-        if layout == "rows":
-            wide = normal(*shape[:-1], shape[-1] + 24).to(dtype).to(device)
-            return wide[..., 8 : 8 + shape[-1]]
-        if layout == "columns":
-            return normal(*shape[:-1], 2 * shape[-1]).to(dtype).to(device)[..., ::2]
-        if layout == "heads":
-            batch, heads, length, size = shape
-            return normal(batch, length, heads, size).to(dtype).to(device).transpose(1, 2)
-        return normal(*shape).to(dtype).to(device)
+        return in_layout(layout, shape, dtype, device, generator)
 
-    inputs: Inputs = {"x": tensor(), "weight": normal(shape[-1]).to(weight_dtype).to(device)}
-    inputs["residual"] = tensor() if residual else None
+    inputs: Inputs = {"x": tensor()}
+    inputs["weight"] = torch.randn(shape[-1], generator=generator).to(weight_dtype).to(device)
+    inputs["offset"], inputs["residual"] = offset, tensor() if residual else None
     inputs["dy"], inputs["dh"] = tensor(), tensor() if residual else None
     return inputs
 
@@ -78,6 +99,7 @@ def sample(
     weight_dtype: torch.dtype | None = None,
     residual: bool = False,
     layout: str = "contiguous",
+    offset: float = 0.0,
 ) -> Sample:
     weight_dtype = weight_dtype or dtype
     label = "x".join(map(str, shape)) + f" {str(dtype).removeprefix('torch.')}"
@@ -85,24 +107,27 @@ def sample(
         label += f", {str(weight_dtype).removeprefix('torch.')} weight"
     label += ", residual" if residual else ""
     label += "" if layout == "contiguous" else f", {layout}"
-    make = partial(make_inputs, shape, dtype, weight_dtype, residual, layout)
+    label += f", offset {offset:g}" if offset else ""
+    make = partial(make_inputs, shape, dtype, weight_dtype, residual, layout, offset)
     return Sample(label, dtype, make)
 
 
-def naive_rms_norm(x: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-    """As Llama's code in transformers has it."""
+def naive_rms_norm(
+    x: Tensor, weight: Tensor, residual: Tensor | None, offset: float
+) -> tuple[Tensor, Tensor]:
+    """As Llama's code in transformers has it; with an offset, as Gemma's."""
     h = x if residual is None else x + residual
     wide = h.to(torch.promote_types(x.dtype, torch.float32))
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
+    if offset:
+        return (wide * (offset + weight.to(wide.dtype))).to(x.dtype), h
     return (weight * wide.to(x.dtype)).to(x.dtype), h
 
 
-def outputs_and_gradients(
-    function: Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]], inputs: Inputs
-) -> Outputs:
+def outputs_and_gradients(function: Function, inputs: Inputs) -> Outputs:
     names = [name for name in ("x", "weight", "residual") if inputs[name] is not None]
     leaves = {name: inputs[name].detach().requires_grad_() for name in names}
-    y, h = function(leaves["x"], leaves["weight"], leaves.get("residual"))
+    y, h = function(leaves["x"], leaves["weight"], leaves.get("residual"), inputs["offset"])
     results, upstream = {"y": y}, [inputs["dy"]]
     if inputs["residual"] is not None:
         results["h"] = h
@@ -114,22 +139,23 @@ def outputs_and_gradients(
     )
 
 
-def ours(backend: str | None) -> Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]:
-    def function(x: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+def ours(backend: str | None) -> Function:
+    def function(
+        x: Tensor, weight: Tensor, residual: Tensor | None, offset: float
+    ) -> tuple[Tensor, Tensor]:
         if residual is None:
-            return rms_norm(x, weight, eps=EPS, backend=backend), x
-        return rms_norm(x, weight, eps=EPS, residual=residual, backend=backend)
+            return rms_norm(x, weight, eps=EPS, offset=offset, backend=backend), x
+        return rms_norm(x, weight, eps=EPS, offset=offset, residual=residual, backend=backend)
 
     return function
 
 
-def torch_rms_norm(x: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+def torch_rms_norm(
+    x: Tensor, weight: Tensor, residual: Tensor | None, offset: float
+) -> tuple[Tensor, Tensor]:
+    assert not offset, "torch's has none"
     h = x if residual is None else x + residual
     return torch.nn.functional.rms_norm(h, weight.shape, weight, EPS), h
-
-
-Function = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
-Timed = Callable[[Function, Inputs], None]
 
 
 class RmsNormSpec(Spec):
@@ -147,10 +173,13 @@ class RmsNormSpec(Spec):
                 sample((17, 96), dtype, residual=True, layout="rows"),
                 sample((17, 96), dtype, residual=True, layout="columns"),
                 sample((2, 4, 9, 64), dtype, layout="heads"),
+                sample((33, 100), dtype, offset=1.0),
+                sample((129, 128), dtype, offset=1.0, residual=True),
+                sample((5, 9001), dtype, offset=1.0),
             ]
         samples.append(sample((40, 96), torch.bfloat16, torch.float32))
         samples.append(sample((40, 96), torch.float16, torch.float32, residual=True))
-        samples.append(sample((40, 96), torch.float32, torch.bfloat16))
+        samples.append(sample((40, 96), torch.float32, torch.bfloat16, offset=-0.3))
         return samples
 
     def run(self, inputs: Inputs, backend: str | None) -> Outputs:
@@ -168,12 +197,12 @@ class RmsNormSpec(Spec):
             weight = torch.randn(32, device=device, requires_grad=weight_grad)
             rstd = torch.rand(4, 6, device=device)
             checks += [
-                OpCheck(ops.rms_norm.default, (x, weight, EPS)),
-                OpCheck(ops.rms_norm.default, (x.transpose(0, 1), weight, EPS)),
-                OpCheck(ops.add_rms_norm.default, (x, residual, weight, EPS)),
+                OpCheck(ops.rms_norm.default, (x, weight, EPS, 0.0)),
+                OpCheck(ops.rms_norm.default, (x.transpose(0, 1), weight, EPS, 1.0)),
+                OpCheck(ops.add_rms_norm.default, (x, residual, weight, EPS, 1.0)),
                 OpCheck(
                     ops.rms_norm_backward.default,
-                    (x.detach(), None, residual.detach(), weight.detach(), rstd, weight_grad),
+                    (x.detach(), None, residual.detach(), weight.detach(), rstd, 1.0, weight_grad),
                 ),
             ]
         return checks
@@ -186,7 +215,7 @@ class RmsNormSpec(Spec):
     def bench_cases(self) -> list[BenchCase]:
         def forward(function: Function, inputs: Inputs) -> None:
             with torch.no_grad():
-                function(inputs["x"], inputs["weight"], inputs["residual"])
+                function(inputs["x"], inputs["weight"], inputs["residual"], inputs["offset"])
 
         def forward_backward(function: Function, inputs: Inputs) -> None:
             outputs_and_gradients(function, inputs)
@@ -210,9 +239,7 @@ class RmsNormSpec(Spec):
                     cases.append(
                         BenchCase(
                             f"rms_norm {name} {rows}x{cols} {short}",
-                            partial(
-                                make_inputs, (rows, cols), dtype, dtype, residual, "contiguous"
-                            ),
+                            sample((rows, cols), dtype, residual=residual).make,
                             partial(time_ours, timed),
                             {peer: partial(timed, function) for peer, function in peers.items()},
                             moved * rows * cols * dtype.itemsize,

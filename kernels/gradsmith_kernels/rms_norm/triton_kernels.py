@@ -60,6 +60,7 @@ def forward_kernel(
     rows,
     cols,
     eps,
+    offset,
     ADD: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -89,7 +90,7 @@ def forward_kernel(
     tl.store(rstd_ptr + row, rstd, row < rows)
 
     if ONE_BLOCK:
-        y = h * rstd * load(weight_ptr + column, column < cols)
+        y = h * rstd * (load(weight_ptr + column, column < cols) + offset)
         tl.store(y_ptr + out_row + column, y.to(dtype), mask)
     else:
         if ADD:
@@ -98,7 +99,7 @@ def forward_kernel(
             at = start + column
             mask = (row < rows) & (at < cols)
             h = load(h_ptr + out_row + at, mask) if ADD else load(x_ptr + x_row + at, mask)
-            y = h * rstd * load(weight_ptr + at, at < cols)
+            y = h * rstd * (load(weight_ptr + at, at < cols) + offset)
             tl.store(y_ptr + out_row + at, y.to(dtype), mask)
 
 
@@ -117,6 +118,7 @@ def backward_kernel(
     rows,
     cols,
     rows_per_program,
+    offset,
     ADD: tl.constexpr,
     NEED_DWEIGHT: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
@@ -129,7 +131,7 @@ def backward_kernel(
     partial_row = partial_ptr + program * cols
     dtype = dx_ptr.dtype.element_ty
     if ONE_BLOCK:
-        weight = load(weight_ptr + column, column < cols)
+        weight = load(weight_ptr + column, column < cols) + offset
         dweight = tl.zeros([ROWS, BLOCK], tl.float32)
 
     for step in range(0, rows_per_program, ROWS):
@@ -153,15 +155,17 @@ def backward_kernel(
             for start in range(0, cols, BLOCK):
                 at = start + column
                 mask = inside & (at < cols)
-                g = load(dy_ptr + dy_row + at, mask) * load(weight_ptr + at, at < cols)
-                products += g * load(h_ptr + h_row + at, mask)
+                weight = load(weight_ptr + at, at < cols) + offset
+                dy = load(dy_ptr + dy_row + at, mask)
+                products += dy * weight * load(h_ptr + h_row + at, mask)
             c = scale * tl.sum(products, 1, keep_dims=True)
             for start in range(0, cols, BLOCK):
                 at = start + column
                 mask = inside & (at < cols)
                 dy = load(dy_ptr + dy_row + at, mask)
                 h = load(h_ptr + h_row + at, mask)
-                dx = dy * rstd * load(weight_ptr + at, at < cols) - h * c
+                weight = load(weight_ptr + at, at < cols) + offset
+                dx = dy * rstd * weight - h * c
                 if ADD:
                     dx += load(dh_ptr + dh_row + at, mask)
                 tl.store(dx_ptr + dx_row + at, dx.to(dtype), mask)
@@ -191,7 +195,7 @@ def dweight_kernel(
     tl.store(dweight_ptr + column, dweight, column < cols)
 
 
-def _tile(cols: int) -> tuple[int, int, int]:
+def tile(cols: int) -> tuple[int, int, int]:
     """ROWS, BLOCK and num_warps: 16 elements a thread, and 2048 in a tile at least."""
     block = min(triton.next_power_of_2(cols), MAX_BLOCK)
     rows = max(1, 2048 // block)
@@ -199,7 +203,7 @@ def _tile(cols: int) -> tuple[int, int, int]:
 
 
 def forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     cols = x.shape[-1]
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -209,7 +213,7 @@ def forward(
         return y, h, rstd.fill_(eps**-0.5)
     x_rows, x_stride = as_rows(x)
     residual_rows, residual_stride = (x_rows, 0) if residual is None else as_rows(residual)
-    tile_rows, block, num_warps = _tile(cols)
+    tile_rows, block, num_warps = tile(cols)
     rows = rstd.numel()
     forward_kernel[(triton.cdiv(rows, tile_rows),)](
         x_rows,
@@ -223,6 +227,7 @@ def forward(
         rows,
         cols,
         eps,
+        offset,
         ADD=residual is not None,
         ONE_BLOCK=cols <= block,
         ROWS=tile_rows,
@@ -234,7 +239,13 @@ def forward(
 
 
 def backward(
-    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor, need_dweight: bool
+    dy: Tensor,
+    dh: Tensor | None,
+    h: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    offset: float,
+    need_dweight: bool,
 ) -> tuple[Tensor, Tensor]:
     cols, rows = h.shape[-1], rstd.numel()
     dx = torch.empty_like(h, memory_format=torch.contiguous_format)
@@ -244,7 +255,7 @@ def backward(
     dy_rows, dy_stride = as_rows(dy)
     h_rows, h_stride = as_rows(h)
     dh_rows, dh_stride = (h_rows, 0) if dh is None else as_rows(dh)
-    tile_rows, block, num_warps = _tile(cols)
+    tile_rows, block, num_warps = tile(cols)
     rows_per_program = tile_rows * triton.cdiv(rows, tile_rows * MAX_PROGRAMS)
     programs = triton.cdiv(rows, rows_per_program)
     partial = torch.empty(
@@ -264,6 +275,7 @@ def backward(
         rows,
         cols,
         rows_per_program,
+        offset,
         ADD=dh is not None,
         NEED_DWEIGHT=need_dweight,
         ONE_BLOCK=cols <= block,
@@ -286,12 +298,18 @@ def compile_cases() -> list[CompileCase]:
     pointers |= {"dx_ptr": "*bf16", "partial_ptr": "*fp32", "dweight_ptr": "*bf16"}
     integers = ("x_stride", "residual_stride", "dy_stride", "dh_stride", "h_stride", "cols")
     types = pointers | dict.fromkeys(integers, "i32")
-    types |= {"rows": "i32", "rows_per_program": "i32", "programs": "i32", "eps": "fp32"}
+    types |= {
+        "rows": "i32",
+        "rows_per_program": "i32",
+        "programs": "i32",
+        "eps": "fp32",
+        "offset": "fp32",
+    }
     aligned = (*pointers, *integers)
     cases = []
     for cols in (128, 4096, 16384):
-        rows, block, num_warps = _tile(cols)
-        tile = {"ONE_BLOCK": cols <= block, "ROWS": rows, "BLOCK": block}
+        rows, block, num_warps = tile(cols)
+        shape = {"ONE_BLOCK": cols <= block, "ROWS": rows, "BLOCK": block}
         for residual in (False, True):
             name = f"{'add_' if residual else ''}rms_norm"
             cases += [
@@ -299,7 +317,7 @@ def compile_cases() -> list[CompileCase]:
                     f"{name} forward {cols}",
                     forward_kernel,
                     types,
-                    {"ADD": residual, **tile},
+                    {"ADD": residual, **shape},
                     aligned,
                     num_warps,
                 ),
@@ -307,7 +325,7 @@ def compile_cases() -> list[CompileCase]:
                     f"{name} backward {cols}",
                     backward_kernel,
                     types,
-                    {"ADD": residual, "NEED_DWEIGHT": True, **tile},
+                    {"ADD": residual, "NEED_DWEIGHT": True, **shape},
                     aligned,
                     num_warps,
                 ),

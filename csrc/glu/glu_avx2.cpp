@@ -1,0 +1,3 @@
+#include "glu/glu_kernels.h"
+
+const GluKernels glu_avx2 = {forward, backward};

@@ -1,0 +1,3 @@
+#include "layer_norm/layer_norm_kernels.h"
+
+const LayerNormKernels layer_norm_avx512bf16 = {forward, backward, sums};
