@@ -45,11 +45,11 @@ class Contiguous:
 
     @contextmanager
     def step(self, grads: Sequence[Tensor], zero_grads: bool) -> Iterator[Sequence[Tensor]]:
-        """Gives contiguous gradients to a step, which sees and changes the copies as they are now.
+        """Gives a step contiguous gradients; the copies are filled before it and written back after.
 
         Args:
             grads: the gradients.
-            zero_grads: the step sets what it is given to zero, so also `grads` are.
+            zero_grads: the step sets the gradients it is given to zero; so then are `grads`.
         """
         for original, copy in self._copies:
             copy.copy_(original)
