@@ -45,7 +45,7 @@ class Contiguous:
 
     @contextmanager
     def step(self, grads: Sequence[Tensor], zero_grads: bool) -> Iterator[Sequence[Tensor]]:
-        """Gives a step contiguous gradients; the copies are filled before it and written back after.
+        """Gives a step contiguous gradients; copies are filled before it and written back after.
 
         Args:
             grads: the gradients.
