@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsmith_kernels.optimizer_step.spec import OnMasters, optimizer
-from gradsmith_kernels.spec import Inputs
+from gradsmith_kernels.optimizer_step.spec import OnMasters
+from gradsmith_kernels.spec import Inputs, optimizer_of
 
 Peer = Callable[[Inputs], Any]
 
@@ -62,7 +62,7 @@ def _transformers_adafactor() -> Peer:
 
 
 def _step(cls: Any, keywords: dict[str, Any], clip: bool, inputs: Inputs) -> None:
-    made = optimizer(cls, keywords, inputs)
+    made = optimizer_of(cls, keywords, inputs)
     if clip:
         torch.nn.utils.clip_grad_norm_(inputs["params"], 1.0)
     made.step()

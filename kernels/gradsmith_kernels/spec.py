@@ -143,6 +143,13 @@ def in_float64(inputs: Inputs) -> Inputs:
     return {name: convert(value) for name, value in inputs.items()}
 
 
+def optimizer_of(cls: Callable[..., Any], keywords: Mapping[str, Any], inputs: Inputs) -> Any:
+    """The optimizer of a benchmark's inputs, made at the first call, which is a warm-up."""
+    if "optimizer" not in inputs:
+        inputs["optimizer"] = cls(inputs["params"], **keywords)
+    return inputs["optimizer"]
+
+
 def all_specs(backend: str | None = None) -> list[Spec]:
     """The spec of every op, or of every op that has `backend`, by name.
 

@@ -2,9 +2,12 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
+import stepping
 import torch
+from stepping import flat, steps
 
 from gradsmith_kernels import _native, testing
 from gradsmith_kernels.adafactor_step import adafactor_step_
@@ -15,25 +18,7 @@ from gradsmith_kernels.optim import Adafactor
 # piece of 131072 elements, than what one thread does alone; many small matrices.
 SHAPES = [(), (5,), (33, 7), (1, 300), (300, 1), (2, 3, 41), (130, 4200), (70_001,), (64, 5, 3, 3)]
 EPS = 2.0**-23  # float32's
-
-
-def parameters(dtype=torch.float32, shapes=SHAPES):
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in shapes]
-
-
-def steps(optimizer, params, count, seed=1, scale=1.0):
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(count):
-        for p in params:
-            # In float32 whatever the dtype, so that all runs have the same gradients.
-            p.grad = (scale * torch.randn(p.shape, generator=generator)).to(p.dtype)
-        optimizer.step()
-    return params
-
-
-def flat(params):
-    return torch.cat([p.detach().double().reshape(-1) for p in params])
+parameters = partial(stepping.parameters, shapes=SHAPES)
 
 
 def assert_near(params, twins):

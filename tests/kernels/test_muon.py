@@ -2,28 +2,18 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
+import stepping
 import torch
+from stepping import steps
 
 from gradsmith_kernels import optim
 from gradsmith_kernels.newton_schulz.spec import published
 
 SHAPES = [(64, 32), (32, 200), (130, 600), (1, 7), (20, 20)]
-
-
-def parameters(shapes=SHAPES, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in shapes]
-
-
-def steps(optimizer, params, count, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(count):
-        for p in params:
-            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
-        optimizer.step()
-    return params
+parameters = partial(stepping.parameters, shapes=SHAPES)
 
 
 def exact_muon(params, count, lr, decay=0.1, momentum=0.95, nesterov=True, ratio=None, seed=1):
@@ -164,7 +154,7 @@ def test_what_is_no_hidden_matrix_is_stepped_as_adamw_does():
 
 
 def mixed(dtype=torch.float32):
-    return parameters([*SHAPES, (7,), (2, 3, 4)], dtype)
+    return parameters(dtype, shapes=[*SHAPES, (7,), (2, 3, 4)])
 
 
 @pytest.mark.parametrize("options", [{}, {"state_dtype": torch.bfloat16}])

@@ -3,13 +3,17 @@
 import copy
 import math
 import warnings
+from functools import partial
 
 import pytest
+import stepping
 import torch
+from stepping import flat, steps
 
 from gradsmith_kernels import optim, testing
 
 SHAPES = [(), (5,), (33, 7), (300, 40), (0, 3), (2, 3, 41)]
+parameters = partial(stepping.parameters, shapes=SHAPES)
 COUNTERPARTS = [
     (optim.AdamW, torch.optim.AdamW, {"weight_decay": 0.1}),
     (optim.Adam, torch.optim.Adam, {"weight_decay": 0.1, "betas": (0.8, 0.95)}),
@@ -31,28 +35,6 @@ OPTIMIZERS = [
     (optim.LAMB, {}),
     (optim.ScheduleFreeAdamW, {}),
 ]
-
-
-def names(pair):
-    return f"{pair[0].__name__} {pair[-1]}" if isinstance(pair, tuple) else None
-
-
-def parameters(dtype=torch.float32, shapes=SHAPES):
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in shapes]
-
-
-def steps(optimizer, params, count, seed=1, scale=1.0):
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(count):
-        for p in params:
-            p.grad = (scale * torch.randn(p.shape, generator=generator)).to(p.dtype)
-        optimizer.step()
-    return params
-
-
-def flat(params):
-    return torch.cat([p.detach().double().reshape(-1) for p in params])
 
 
 @pytest.mark.parametrize(("ours", "theirs", "options"), COUNTERPARTS)

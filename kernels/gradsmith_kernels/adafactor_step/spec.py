@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from gradsmith_kernels.spec import (
     Sample,
     Spec,
     in_float64,
+    optimizer_of,
 )
 from gradsmith_kernels.testing import check_parity
 
@@ -198,16 +198,11 @@ class AdafactorStepSpec(Spec):
                 p.grad = torch.randn_like(p)
             return {"params": params}
 
-        def optimizer(inputs: Inputs, cls: Any, **keywords: Any) -> Any:
-            if "optimizer" not in inputs:  # made at the first call, which is a warm-up
-                inputs["optimizer"] = cls(inputs["params"], **keywords)
-            return inputs["optimizer"]
-
         def ours(inputs: Inputs, backend: str | None) -> None:
-            optimizer(inputs, Adafactor, backend=backend).step()
+            optimizer_of(Adafactor, {"backend": backend}, inputs).step()
 
         def peer(foreach: bool, inputs: Inputs) -> None:
-            optimizer(inputs, torch.optim.Adafactor, foreach=foreach).step()
+            optimizer_of(torch.optim.Adafactor, {"foreach": foreach}, inputs).step()
 
         def check(device: torch.device) -> None:
             backend = self.op.resolve(None, device.type, dtype)

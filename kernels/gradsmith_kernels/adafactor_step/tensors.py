@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from gradsmith_kernels.columns import Columns
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -43,10 +45,9 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Tensors:
-    """Columns with an entry for each parameter, or empty where the caller has none.
+class Tensors(Columns):
+    """Columns with an entry for each of params, or empty where the caller has none.
 
-    params: the weights.
     row_vars, col_vars: the factors of the second moment; the variance and an empty tensor for a
         parameter of fewer than two dimensions.
     masters: float32 weights behind 16-bit params.
@@ -54,23 +55,11 @@ class Tensors:
     steps: steps done, one float32 element on the CPU each.
     """
 
-    params: Sequence[Tensor]
     row_vars: Sequence[Tensor]
     col_vars: Sequence[Tensor]
     masters: Sequence[Tensor]
     compensations: Sequence[Tensor]
     steps: Sequence[Tensor]
-
-    def column(self, name: str) -> Sequence[Tensor | None]:
-        """A column with None for each entry where it is empty."""
-        values: Sequence[Tensor] = getattr(self, name)
-        return values or [None] * len(self.params)
-
-    def written(self) -> Iterator[Tensor]:
-        """Every tensor that a step changes, but the step counts."""
-        for field in fields(self):
-            if field.name != "steps":
-                yield from getattr(self, field.name)
 
 
 def factor_shapes(shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gradsmith_kernels.adafactor_step.tensors import Options, Tensors, matrices_of
+from gradsmith_kernels.columns import Contiguous, address_of
 from gradsmith_kernels.spec import CompileCase
 
 TILE_ROWS, ROW_STEP, TILE_COLS = 64, 4, 512  # of a matrix: rows in all, rows at a time, columns
@@ -354,45 +355,31 @@ class _Launch:
 class Plan:
     def __init__(self, tensors: Tensors) -> None:
         self._tensors = tensors
-        self._copies = [(t, t.contiguous()) for t in tensors.written() if not t.is_contiguous()]
-        copies = {id(original): copy for original, copy in self._copies}
-        self._columns = [
-            [None if t is None else copies.get(id(t), t) for t in tensors.column(name)]
-            for name in COLUMNS
-            if name != "grads"
-        ]
+        self._contiguous = Contiguous(tensors)
+        self._columns = [self._contiguous.column(name) for name in COLUMNS if name != "grads"]
         self._launches: list[_Launch] = []
         self._made_for: list[tuple[int, torch.dtype]] = []
 
     def step(
         self, grads: Sequence[Tensor], options: Options, scale: float, zero_grads: bool
     ) -> None:
-        for original, copy in self._copies:
-            copy.copy_(original)
-        used = [g.contiguous() for g in grads]
-        made_for = [(g.data_ptr(), g.dtype) for g in used]
-        if made_for != self._made_for:
-            self._launches, self._made_for = self._make(used), made_for
-        counts = [step.add_(1).item() for step in self._tensors.steps]
-        numbers = {t: options.coefficients(t) for t in set(counts)}
-        for launch in self._launches:
-            rows = [numbers[counts[i]] for i in launch.indices]
-            table = torch.tensor([[*row, _limit(row[2])] for row in rows], dtype=torch.float32)
-            _run(launch, table.to(launch.table.device), scale, zero_grads)
-        for original, copy in self._copies:
-            original.copy_(copy)
-        if zero_grads:
-            for g, copy in zip(grads, used, strict=True):
-                if g is not copy:
-                    g.zero_()
+        with self._contiguous.step(grads, zero_grads) as used:
+            made_for = [(g.data_ptr(), g.dtype) for g in used]
+            if made_for != self._made_for:
+                self._launches, self._made_for = self._make(used), made_for
+            counts = [step.add_(1).item() for step in self._tensors.steps]
+            numbers = {t: options.coefficients(t) for t in set(counts)}
+            for launch in self._launches:
+                rows = [numbers[counts[i]] for i in launch.indices]
+                table = torch.tensor([[*row, _limit(row[2])] for row in rows], dtype=torch.float32)
+                _run(launch, table.to(launch.table.device), scale, zero_grads)
 
     def _make(self, grads: Sequence[Tensor]) -> list[_Launch]:
         groups: dict[_Kind, list[tuple[int, list[int]]]] = defaultdict(list)
         for i, (p, g) in enumerate(zip(self._tensors.params, grads, strict=True)):
             if g.numel() == 0:
                 continue
-            entries = [column[i] for column in self._columns]
-            row = [0 if tensor is None else tensor.data_ptr() for tensor in entries]
+            row = [address_of(column[i]) for column in self._columns]
             row.insert(1, g.data_ptr())
             aligned = all(address % 16 == 0 for address in row) and p.shape[-1:].numel() % 16 == 0
             groups[_Kind(p.dtype, g.dtype, p.ndim >= 2, aligned)].append((i, row))

@@ -20,6 +20,7 @@ from gradsmith_kernels.spec import (
     Outputs,
     Sample,
     Spec,
+    optimizer_of,
 )
 from gradsmith_kernels.testing import check_parity
 
@@ -126,7 +127,7 @@ class NewtonSchulzSpec(Spec):
                 BenchCase(
                     f"muon step, {count} matrices {m}x{n} float32",
                     partial(self._matrices, [(m, n)] * count),
-                    lambda inputs, backend: stepper(optim.Muon, inputs, backend=backend).step(),
+                    muon_step,
                     {name: partial(peer_step, cls) for name, cls in peers.items()},
                     count * m * n * 20,
                     flops,
@@ -146,15 +147,12 @@ class NewtonSchulzSpec(Spec):
         check_parity(self, small, self.op.resolve(None, device.type, small.dtype), device)
 
 
-def stepper(cls: Callable[..., Any], inputs: Inputs, **keywords: Any) -> Any:
-    """The optimizer of these inputs, made at the first call, which is a warm-up."""
-    if "optimizer" not in inputs:
-        inputs["optimizer"] = cls(inputs["params"], **keywords)
-    return inputs["optimizer"]
+def muon_step(inputs: Inputs, backend: str | None) -> None:
+    optimizer_of(optim.Muon, {"backend": backend}, inputs).step()
 
 
 def peer_step(cls: Callable[..., Any], inputs: Inputs) -> None:
-    stepper(cls, inputs).step()
+    optimizer_of(cls, {}, inputs).step()
 
 
 class PublishedMuon(torch.optim.Optimizer):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gradsmith_kernels import _native
+from gradsmith_kernels.columns import Contiguous, address_of, contiguous
 from gradsmith_kernels.native import DTYPE_CODES
 from gradsmith_kernels.optimizer_step.rules import (
     LAMB_APPLY,
@@ -23,20 +24,14 @@ class Plan:
     """Tensors that are stepped together again and again, with what can be prepared once."""
 
     def __init__(self, rule: Rule, tensors: Tensors) -> None:
-        self._rule, self._tensors = rule, tensors
+        self._rule, self._contiguous = rule, Contiguous(tensors)
         self._grads: Sequence[Tensor] = ()  # the last step's, whose dtypes are known
-        self._copies = [(t, t.contiguous()) for t in tensors.written() if not t.is_contiguous()]
-        copies = {id(original): copy for original, copy in self._copies}
-
-        def address(tensor: Tensor | None) -> int:
-            return 0 if tensor is None else copies.get(id(tensor), tensor).data_ptr()
-
         names = ("params", "states1", "states2", "absmax1", "absmax2", "masters", "compensations")
-        columns = [tensors.column(name) for name in (*names, "steps")]
+        columns = [self._contiguous.column(name) for name in (*names, "steps")]
         self._plan = _native.StepPlan(
             [
                 (
-                    *map(address, row),
+                    *map(address_of, row),
                     row[0].numel(),
                     DTYPE_CODES[row[0].dtype],
                     DTYPE_CODES[row[1].dtype] if rule.states else 0,
@@ -54,14 +49,14 @@ class Plan:
         zero_grads: bool,
         seed: int | None,
     ) -> None:
-        for original, copy in self._copies:
-            copy.copy_(original)
         if grads is not self._grads:
             self._grads = grads
             self._plan.set_grad_dtypes([DTYPE_CODES[g.dtype] for g in grads])
-        contiguous = all(map(Tensor.is_contiguous, grads))
-        used = grads if contiguous else [g.contiguous() for g in grads]
-        self._plan.set_grads(list(map(Tensor.data_ptr, used)))
+        with self._contiguous.step(grads, zero_grads) as used:
+            self._plan.set_grads(list(map(Tensor.data_ptr, used)))
+            self._run(options, scale, zero_grads, seed)
+
+    def _run(self, options: Options, scale: float, zero_grads: bool, seed: int | None) -> None:
         sets = [
             (self._rule.coefficients(options, t), 0 if seed is None else seed_of_step(seed, t))
             for t in self._plan.count()
@@ -76,16 +71,10 @@ class Plan:
                 rate = coefficients[4] * trust_ratio(*pair)
                 scaled.append(([*coefficients[:4], rate, *coefficients[5:]], of_step))
             self._plan.run(LAMB_APPLY, scaled, True, scale, zero_grads, False, threads)
-        for original, copy in self._copies:
-            original.copy_(copy)
-        if zero_grads and not contiguous:
-            for g, copy in zip(grads, used, strict=True):
-                if g is not copy:
-                    g.zero_()
 
 
 def squared_norm(grads: Sequence[Tensor]) -> tuple[float, int]:
-    used = [g if g.is_contiguous() else g.contiguous() for g in grads]
+    used = contiguous(grads)
     return _native.squared_norm(
         [g.data_ptr() for g in used],
         [g.numel() for g in used],

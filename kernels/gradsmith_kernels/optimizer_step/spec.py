@@ -23,6 +23,7 @@ from gradsmith_kernels.spec import (
     Sample,
     Spec,
     in_float64,
+    optimizer_of,
 )
 from gradsmith_kernels.testing import check_parity
 
@@ -307,11 +308,11 @@ class OptimizerStepSpec(Spec):
         one = [(50 * 2**20,)]
         many = [(4096,)] * 2000
         f32, bf16 = torch.float32, torch.bfloat16
-        fused = partial(optimizer, torch.optim.AdamW, {"fused": True})
-        foreach = partial(optimizer, torch.optim.AdamW, {"foreach": True})
-        sgd = partial(optimizer, torch.optim.SGD, {"fused": True, "momentum": 0.9})
-        adagrad = partial(optimizer, torch.optim.Adagrad, {"fused": True})
-        lion = partial(optimizer, PublishedLion, {})
+        fused = partial(optimizer_of, torch.optim.AdamW, {"fused": True})
+        foreach = partial(optimizer_of, torch.optim.AdamW, {"foreach": True})
+        sgd = partial(optimizer_of, torch.optim.SGD, {"fused": True, "momentum": 0.9})
+        adagrad = partial(optimizer_of, torch.optim.Adagrad, {"fused": True})
+        lion = partial(optimizer_of, PublishedLion, {})
         half_states = {"state_dtype": bf16}
         nearest = {"stochastic_rounding": False}
         # label, shapes, dtype, ours, options, clip and zero too, peers, bytes an element, check
@@ -331,7 +332,7 @@ class OptimizerStepSpec(Spec):
              optim.AdamW, half_states, False, {"torch fused (nearest)": fused}, 14, "adam"),
             ("clip + adamw + zero_grad one tensor of 50M bfloat16, float32 moments and masters",
              one, bf16, optim.AdamW, {"weights": "master"}, True,
-             {"torch on float32 copies": partial(optimizer, OnMasters, {})}, 32, "adam"),
+             {"torch on float32 copies": partial(optimizer_of, OnMasters, {})}, 32, "adam"),
             ("adamw 8-bit one tensor of 50M float32", one, f32, optim.AdamW8bit, {}, False,
              {"torch fused (float32 moments)": fused}, 16, "adam"),
             ("adamw 8-bit, nearest, one tensor of 50M float32", one, f32, optim.AdamW8bit, nearest,
@@ -365,7 +366,7 @@ class OptimizerStepSpec(Spec):
 
         def ours(inputs: Inputs, backend: str | None) -> None:
             extra = {"max_grad_norm": 1.0, "zero_grads": True} if whole else {}
-            optimizer(cls, keywords | extra | {"backend": backend}, inputs).step()
+            optimizer_of(cls, keywords | extra | {"backend": backend}, inputs).step()
 
         def peer(made: Callable[[Inputs], Any], inputs: Inputs) -> None:
             made_optimizer = made(inputs)
@@ -390,13 +391,6 @@ class OptimizerStepSpec(Spec):
     def _check(self, small: Sample, device: torch.device) -> None:
         backend = self.op.resolve(None, device.type, small.dtype)
         check_parity(self, small, backend, device)
-
-
-def optimizer(cls: Any, keywords: dict[str, Any], inputs: Inputs) -> Any:
-    """The optimizer of these inputs, made at the first call, which is a warm-up."""
-    if "optimizer" not in inputs:
-        inputs["optimizer"] = cls(inputs["params"], **keywords)
-    return inputs["optimizer"]
 
 
 class OnMasters(torch.optim.Optimizer):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from gradsmith_kernels.columns import Columns
 from gradsmith_kernels.optimizer_step.rules import Rule
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -15,10 +16,9 @@ STATE_BLOCK = 256  # elements that share a scale of an 8-bit state
 
 
 @dataclass(frozen=True)
-class Tensors:
-    """Columns with an entry for each parameter, or empty where the rule or the caller has none.
+class Tensors(Columns):
+    """Columns with an entry for each of params, or empty where the rule or the caller has none.
 
-    params: the weights.
     states1, states2: the rule's states: float32, bfloat16, or uint8 codes (signed and unsigned).
     absmax1, absmax2: float32 scales of 8-bit states, one for each 256 elements.
     masters: float32 weights behind 16-bit params.
@@ -27,7 +27,6 @@ class Tensors:
     streams: which random bits each parameter draws; any numbers below 2^32.
     """
 
-    params: Sequence[Tensor]
     states1: Sequence[Tensor]
     states2: Sequence[Tensor]
     absmax1: Sequence[Tensor]
@@ -36,17 +35,6 @@ class Tensors:
     compensations: Sequence[Tensor]
     steps: Sequence[Tensor]
     streams: Sequence[int]
-
-    def column(self, name: str) -> Sequence[Tensor | None]:
-        """A column with None for each entry where it is empty."""
-        values: Sequence[Tensor] = getattr(self, name)
-        return values or [None] * len(self.params)
-
-    def written(self) -> Iterator[Tensor]:
-        """Every tensor that a step changes, but the step counts."""
-        for field in fields(self):
-            if field.name not in ("steps", "streams"):
-                yield from getattr(self, field.name)
 
 
 def check(rule: Rule, tensors: Tensors, grads: Sequence[Tensor]) -> None:

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gradsmith_kernels.columns import Contiguous, address_of, contiguous
 from gradsmith_kernels.optimizer_step.quantize import dynamic_map
 from gradsmith_kernels.optimizer_step.rules import (
     LAMB_APPLY,
@@ -352,13 +353,8 @@ class _Launch:
 class Plan:
     def __init__(self, rule: Rule, tensors: Tensors) -> None:
         self._rule, self._tensors = rule, tensors
-        self._copies = [(t, t.contiguous()) for t in tensors.written() if not t.is_contiguous()]
-        copies = {id(original): copy for original, copy in self._copies}
-        self._columns = [
-            [None if t is None else copies.get(id(t), t) for t in tensors.column(name)]
-            for name in COLUMNS
-            if name != "grads"
-        ]
+        self._contiguous = Contiguous(tensors)
+        self._columns = [self._contiguous.column(name) for name in COLUMNS if name != "grads"]
         self._state = tensors.states1[0].dtype if rule.states else torch.float32
         device = tensors.params[0].device
         self._maps = [dynamic_map(signed).to(device) for signed in (True, False)]
@@ -371,10 +367,18 @@ class Plan:
         zero_grads: bool,
         seed: int | None,
     ) -> None:
+        with self._contiguous.step(grads, zero_grads) as used:
+            self._run(used, options, scale, zero_grads, seed)
+
+    def _run(
+        self,
+        grads: Sequence[Tensor],
+        options: Options,
+        scale: float,
+        zero_grads: bool,
+        seed: int | None,
+    ) -> None:
         tensors, rule = self._tensors, self._rule
-        for original, copy in self._copies:
-            copy.copy_(original)
-        used = [g.contiguous() for g in grads]
         counts = [t.add_(1).item() for t in tensors.steps]
         coefficients = [rule.coefficients(options, t) for t in counts]
         of_step = [0 if seed is None else seed_of_step(seed, t) for t in counts]
@@ -382,7 +386,7 @@ class Plan:
             (s ^ (stream * 0x9E3779B9 & 0xFFFFFFFF)) * 0x85EBCA6B & 0xFFFFFFFF
             for s, stream in zip(of_step, tensors.streams, strict=True)
         ]
-        launches = self._launches(used, keys)
+        launches = self._launches(grads, keys)
         lamb = rule.name == "lamb"
         for launch in launches:
             squares = self._launch(
@@ -393,12 +397,6 @@ class Plan:
         if lamb:
             for launch in launches:
                 self._launch(launch, LAMB_APPLY, coefficients, scale, zero_grads, False)
-        for original, copy in self._copies:
-            original.copy_(copy)
-        if zero_grads:
-            for g, copy in zip(grads, used, strict=True):
-                if g is not copy:
-                    g.zero_()
 
     def _launches(self, grads: Sequence[Tensor], keys: Sequence[int]) -> list[_Launch]:
         groups: dict[tuple[torch.dtype, torch.dtype, bool], list[tuple[int, list[int]]]]
@@ -406,8 +404,7 @@ class Plan:
         for i, (g, key) in enumerate(zip(grads, keys, strict=True)):
             if g.numel() == 0:
                 continue
-            entries = [column[i] for column in self._columns]
-            row = [0 if tensor is None else tensor.data_ptr() for tensor in entries]
+            row = [address_of(column[i]) for column in self._columns]
             row.insert(1, g.data_ptr())
             aligned = all(address % 16 == 0 for address in row)
             kind = (self._tensors.params[i].dtype, g.dtype, aligned)
@@ -461,7 +458,7 @@ class Plan:
 
 
 def squared_norm(grads: Sequence[Tensor]) -> tuple[float, int]:
-    used = [g.contiguous() for g in grads]
+    used = contiguous(grads)
     parts = torch.zeros(len(used), dtype=torch.float64)
     groups: dict[tuple[torch.dtype, bool], list[int]] = defaultdict(list)
     for i, g in enumerate(used):

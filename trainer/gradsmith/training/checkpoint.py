@@ -88,9 +88,7 @@ def pieces(engine: DeepSpeedEngine) -> Iterator[Piece]:
         for name, parameter in named:
             yield Piece(name, 0, parameter.numel(), owners[id(parameter)], 0)
     elif stage in (1, 2):
-        flats = getattr(wrapper, "single_partition_of_fp32_groups", None)
-        if flats is None:  # bf16 weights with float32 gradients at stage 1
-            flats = wrapper.fp32_groups_flat_partition
+        flats = flat_partitions(engine)
         for name, parameter in named:
             mapping = parameter._hp_mapping
             if mapping is not None:
@@ -102,13 +100,24 @@ def pieces(engine: DeepSpeedEngine) -> Iterator[Piece]:
                     mapping.hp_fragment_address.start,
                 )
     else:
+        flats = flat_partitions(engine)
         for name, parameter in named:
             group, offset, size = wrapper.grad_position[wrapper.get_param_id(parameter)]
             start = size * dist.get_rank()
             length = min(size, parameter.ds_numel - start)
             if length > 0:
-                owner = wrapper.fp32_partitioned_groups_flat[group]
-                yield Piece(name, start, length, owner, offset)
+                yield Piece(name, start, length, flats[group], offset)
+
+
+def flat_partitions(engine: DeepSpeedEngine) -> list[torch.Tensor]:
+    """The flat float32 tensors that this rank's optimizer steps, under ZeRO 1 to 3."""
+    wrapper = engine.optimizer
+    if engine.zero_optimization_stage() == 3:
+        return wrapper.fp32_partitioned_groups_flat
+    flats = getattr(wrapper, "single_partition_of_fp32_groups", None)
+    if flats is None:  # bf16 weights with float32 gradients at stage 1
+        flats = wrapper.fp32_groups_flat_partition
+    return flats
 
 
 def _states(state: dict[str, Any], owner: torch.Tensor) -> dict[str, torch.Tensor]:

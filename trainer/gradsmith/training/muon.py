@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from .checkpoint import pieces
+from .checkpoint import flat_partitions, pieces
 from .engine import device
 
 if TYPE_CHECKING:
@@ -51,11 +51,7 @@ def partitions(engine: DeepSpeedEngine) -> list[Partition]:
 
 def _owners(engine: DeepSpeedEngine) -> list[tuple[torch.Tensor, int]]:
     """The flat tensors with their groups' indices, in the same order on all ranks."""
-    wrapper = engine.optimizer
+    flats = enumerate(flat_partitions(engine))
     if engine.zero_optimization_stage() == 3:
-        flats = wrapper.fp32_partitioned_groups_flat
-        return [(flat, wrapper.sub_group_to_group_id[i]) for i, flat in enumerate(flats)]
-    flats = getattr(wrapper, "single_partition_of_fp32_groups", None)
-    if flats is None:  # bf16 weights with float32 gradients at stage 1
-        flats = wrapper.fp32_groups_flat_partition
-    return [(flat, i) for i, flat in enumerate(flats)]
+        return [(flat, engine.optimizer.sub_group_to_group_id[i]) for i, flat in flats]
+    return [(flat, i) for i, flat in flats]
