@@ -83,8 +83,10 @@ def test_the_loss_curve_is_that_of_torch(tiny: Tiny, architecture: str) -> None:
             assert (f"{op} under the model" in report) == named
 
 
-def test_every_phase_uses_it(tiny: Tiny) -> None:
-    recipe = tiny("run", **{"training.steps": 2, "training.validate.every": 2})
+@pytest.mark.parametrize("stage", [1, 3])
+def test_every_phase_uses_it(tiny: Tiny, stage: int) -> None:
+    settings = {"training.steps": 2, "training.validate.every": 2, "training.zero.stage": stage}
+    recipe = tiny("run", **settings)
     engines.init_distributed()
     session = loop._build(recipe, Run(recipe.output), fresh=False)
     engines.set_learning_rate(session.engine, 1e-3)
