@@ -44,11 +44,17 @@ struct Forward {
     a.rstd[i] = rstd;
 
     const T* from = kResidual ? h : x;
-    const auto normalize = [&](int64_t j, int64_t n) ALWAYS_INLINE {
-      store<X>(y + j, load<X>(from + j, n) * rstd * (load<W>(weight + j, n) + offset), n);
+    const auto normalize = [&](int64_t j, int64_t n, Vec w) ALWAYS_INLINE {
+      store<X>(y + j, load<X>(from + j, n) * rstd * w, n);
     };
-    for (j = 0; j + kLanes <= cols; j += kLanes) normalize(j, kLanes);
-    if (j < cols) normalize(j, cols - j);
+    if (offset == 0)  // an addition less, which rows in the cache notice
+      each_vector(cols, [&](int64_t j, int64_t n) ALWAYS_INLINE {
+        normalize(j, n, load<W>(weight + j, n));
+      });
+    else
+      each_vector(cols, [&](int64_t j, int64_t n) ALWAYS_INLINE {
+        normalize(j, n, load<W>(weight + j, n) + offset);
+      });
   }
 
   static void rows(const RmsNormForward& a, int64_t begin, int64_t end) {
@@ -66,14 +72,15 @@ struct Backward {
     return static_cast<const T*>(base) + i * stride;
   }
 
+  template <bool kOffset>
   static float coefficient(const RmsNormBackward& a, int64_t i) {
     const T *dy = row_of(a.dy, a.dy_stride, i), *h = row_of(a.h, a.h_stride, i);
     const typename W::T* weight = static_cast<const typename W::T*>(a.weight);
     const int64_t cols = a.cols;
     const float offset = a.offset;
     const auto product = [&](int64_t j, int64_t n, Vec into) ALWAYS_INLINE {
-      const Vec g = load<X>(dy + j, n) * (load<W>(weight + j, n) + offset);
-      return fma(g, load<X>(h + j, n), into);
+      const Vec w = kOffset ? load<W>(weight + j, n) + offset : load<W>(weight + j, n);
+      return fma(load<X>(dy + j, n) * w, load<X>(h + j, n), into);
     };
     Vec s[4] = {};
     int64_t j = 0;
@@ -98,7 +105,7 @@ struct Backward {
       dh[r] = kUpstream ? row_of(a.dh, a.dh_stride, i + r) : nullptr;
       h[r] = row_of(a.h, a.h_stride, i + r);
       dx[r] = static_cast<T*>(a.dx) + (i + r) * a.cols;
-      c[r] = coefficient(a, i + r);
+      c[r] = a.offset == 0 ? coefficient<false>(a, i + r) : coefficient<true>(a, i + r);
     }
     const typename W::T* weight = static_cast<const typename W::T*>(a.weight);
     const int64_t cols = a.cols;

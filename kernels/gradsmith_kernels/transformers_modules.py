@@ -141,13 +141,18 @@ def _conv_next_layer_norm(original: Forward) -> Forward:
 
 # ----------------------------------------------------------------------------------- gated MLPs
 
-# By the name of the activation's class in transformers and torch.
+# By the name of the activation's class in torch and transformers.
 ACTIVATIONS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "SiLU": swiglu,
     "SiLUActivation": swiglu,
     "GELUActivation": geglu,
     "GELUTanh": functools.partial(geglu, approximate="tanh"),
 }
+
+
+def _is_known(activation: nn.Module) -> bool:
+    cls = type(activation)
+    return cls.__name__ in ACTIVATIONS and cls.__module__.startswith(("torch.nn.", "transformers."))
 
 
 def _fuses(activation: nn.Module) -> bool:
@@ -165,7 +170,7 @@ def _fuses(activation: nn.Module) -> bool:
     watched = any(
         not (getattr(hook, "__module__", None) or "").startswith("deepspeed.") for hook in hooks
     )
-    return type(activation).__name__ in ACTIVATIONS and not watched
+    return _is_known(activation) and not watched
 
 
 def _glu(activation: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
@@ -366,7 +371,7 @@ def _unfit_glu(module: Any) -> str | None:
         return "its projections have other names than those known"
     (activation,) = names & {"act_fn", "activation_fn", "act"}
     kind = type(children[activation]).__name__
-    return None if kind in ACTIVATIONS else f"its activation is {kind}"
+    return None if _is_known(children[activation]) else f"its activation is {kind}"
 
 
 def _has_gate(module: nn.Module) -> bool:

@@ -220,6 +220,9 @@ def test_what_cannot_be_replaced_is_left_alone_and_named():
         assert "meta device" in why(tiny().to("meta"), op, name)
         assert "torch.float64 (quantised, or beyond" in why(tiny().double(), op, name)
     assert "its activation is ReLU" in why(tiny(hidden_act="relu"), "glu", f"{first}.mlp")
+    other = tiny()
+    other.model.layers[0].mlp.act_fn = type("SiLU", (nn.Tanh,), {})()  # by its name alone
+    assert "its activation is SiLU" in why(other, "glu", f"{first}.mlp")
     without_positions = tiny("SmolLM3", no_rope_layers=[0, 1])
     assert "without rotary positions" in why(without_positions, "rope", f"{first}.self_attn")
     norms = nn.ModuleList([nn.LayerNorm((2, 3)), nn.LayerNorm(3, eps=0.0)])

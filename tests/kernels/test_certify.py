@@ -35,8 +35,8 @@ def test_the_certificate(parity_only, tmp_path, capsys):
 def test_a_wrong_kernel_fails_it(parity_only, capsys, monkeypatch):
     forward = reference.forward
 
-    def wrong(x, residual, weight, eps):
-        y, h, rstd = forward(x, residual, weight, eps)
+    def wrong(x, residual, weight, eps, offset):
+        y, h, rstd = forward(x, residual, weight, eps, offset)
         return y * 1.001, h, rstd
 
     monkeypatch.setattr(reference, "forward", wrong)

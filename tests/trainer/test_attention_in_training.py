@@ -1,4 +1,4 @@
-"""gradsmith's attention is what a run trains, validates, evaluates and generates with."""
+"""gradsmith's kernels are what a run trains, validates, evaluates and generates with."""
 
 from __future__ import annotations
 
@@ -37,6 +37,9 @@ MODELS = {
     },
     "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
 }
+ROTARY = {"attention", "glu", "linear_cross_entropy", "rms_norm", "rope"}
+OPS = dict.fromkeys(MODELS, ROTARY)
+OPS["gpt2"] = {"attention", "layer_norm", "linear_cross_entropy"}
 SIZES = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -70,22 +73,30 @@ def test_the_loss_curve_is_that_of_torch(tiny: Tiny, architecture: str) -> None:
     assert ours == pytest.approx(torchs, abs=1e-3)
 
     ours_in, torchs_in = (Run(runs[kernels].output) for kernels in (True, False))
-    assert read_json(ours_in.provenance_path)["accelerate"]["replaced"][""] == ["attention", "cpu"]
+    replaced = read_json(ours_in.provenance_path)["accelerate"]["replaced"]
+    assert {op for op, _ in replaced.values()} == OPS[architecture]
+    assert {backend for _, backend in replaced.values()} == {"cpu"}
     assert "accelerate" not in read_json(torchs_in.provenance_path)
     for run, named in ((ours_in, True), (torchs_in, False)):
         report = build_report([run], run.report_path).read_text(encoding="utf-8")
-        assert ("attention under the model" in report) == named
+        for op in (*{op for op, _ in replaced.values()}, "attention"):
+            assert (f"{op} under the model" in report) == named
 
 
-def test_every_phase_uses_it(tiny: Tiny) -> None:
-    recipe = tiny("run", **{"training.steps": 2, "training.validate.every": 2})
+@pytest.mark.parametrize("stage", [1, 3])
+def test_every_phase_uses_it(tiny: Tiny, stage: int) -> None:
+    settings = {"training.steps": 2, "training.validate.every": 2, "training.zero.stage": stage}
+    recipe = tiny("run", **settings)
     engines.init_distributed()
     session = loop._build(recipe, Run(recipe.output), fresh=False)
     engines.set_learning_rate(session.engine, 1e-3)
     step = ops_called(lambda: loop.optimizer_step(session))
-    assert {"gradsmith::attention", "gradsmith::attention_backward"} <= step
+    ops = {"gradsmith::attention", "gradsmith::glu", "gradsmith::rms_norm"}
+    assert ops | {f"{op}_backward" for op in ops} <= step
+    ops.add("gradsmith::rope")  # which is its own backward pass
+    assert ops <= step
     assert "aten::scaled_dot_product_attention" not in step
-    assert "gradsmith::attention" in ops_called(lambda: loop.validate(session, 0.0))
+    assert ops <= ops_called(lambda: loop.validate(session, 0.0))
 
     loop.train(recipe)
     trained, tokenizer = load_for_inference(recipe.output)
@@ -102,7 +113,7 @@ def test_every_phase_uses_it(tiny: Tiny) -> None:
 
     for work in (lambda: batch_sums(trained, batch, token_bytes), answer):
         found = ops_called(work)
-        assert "gradsmith::attention" in found
+        assert ops <= found
         assert "aten::scaled_dot_product_attention" not in found
 
 

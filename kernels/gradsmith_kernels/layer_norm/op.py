@@ -50,7 +50,7 @@ def _empty_statistics(x: Tensor) -> Tensor:
 def _layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    check_norm("layer_norm", x, None, eps, weight=weight, bias=bias)
+    check_norm("layer_norm", x, None, eps, weight, bias)
     module = OP.choose(backend, x.device, x.dtype)
     y, _, statistics = module.forward(x, None, weight, bias, eps)
     return y, statistics
@@ -59,7 +59,7 @@ def _layer_norm(
 def _layer_norm_fake(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    check_norm("layer_norm", x, None, eps, weight=weight, bias=bias)
+    check_norm("layer_norm", x, None, eps, weight, bias)
     return _empty(x), _empty_statistics(x)
 
 
@@ -71,7 +71,7 @@ def _add_layer_norm(
     eps: float,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_norm("layer_norm", x, residual, eps, weight=weight, bias=bias)
+    check_norm("layer_norm", x, residual, eps, weight, bias)
     result: tuple[Tensor, Tensor, Tensor] = OP.choose(backend, x.device, x.dtype).forward(
         x, residual, weight, bias, eps
     )
@@ -86,7 +86,7 @@ def _add_layer_norm_fake(
     eps: float,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_norm("layer_norm", x, residual, eps, weight=weight, bias=bias)
+    check_norm("layer_norm", x, residual, eps, weight, bias)
     return _empty(x), _empty(x), _empty_statistics(x)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from gradsmith_kernels.backends import Implementation, Op
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = frozenset((*FLOATS, torch.float64))
 OP = Op(
     "rms_norm",
     {
@@ -38,41 +39,52 @@ torch.library.define(
 
 
 def check_norm(
-    op: str, x: Tensor, residual: Tensor | None, eps: float, **parameters: Tensor | None
+    op: str,
+    x: Tensor,
+    residual: Tensor | None,
+    eps: float,
+    weight: Tensor | None,
+    bias: Tensor | None,
 ) -> None:
-    """What every norm over the last dimension asks of its arguments; `parameters` may be None."""
-    given = [(name, tensor) for name, tensor in parameters.items() if tensor is not None]
-    for name, tensor in (("x", x), *given):
-        if tensor.dtype not in (*FLOATS, torch.float64):
-            raise TypeError(
-                f"{op}: {name} is {tensor.dtype}; it must be float32, bfloat16, float16 or float64"
-            )
-    for name, tensor in given:
-        if (x.dtype == torch.float64) != (tensor.dtype == torch.float64):
-            raise TypeError(f"{op}: float64 does not mix: x is {x.dtype}, {name} {tensor.dtype}")
-        if tensor.shape != x.shape[-1:] or x.dim() == 0:
+    """What every norm over the last dimension asks of its arguments."""
+    dtype, shape, device = x.dtype, x.shape, x.device
+    if dtype not in _DTYPES:
+        raise TypeError(_not_a_float(op, "x", dtype))
+    if not shape:
+        raise ValueError(f"{op}: x is (); it needs a last dimension to normalise over")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.dtype is not dtype:
+            if tensor.dtype not in _DTYPES:
+                raise TypeError(_not_a_float(op, name, tensor.dtype))
+            if torch.float64 in (dtype, tensor.dtype):
+                raise TypeError(f"{op}: float64 does not mix: x is {dtype}, {name} {tensor.dtype}")
+        if tensor.shape != shape[-1:]:
             raise ValueError(
-                f"{op}: {name} must have the size of x's last dimension: x is {tuple(x.shape)}, "
+                f"{op}: {name} must have the size of x's last dimension: x is {tuple(shape)}, "
                 f"{name} is {tuple(tensor.shape)}"
             )
-        if tensor.device != x.device:
-            raise ValueError(f"{op}: x is on {x.device}, {name} on {tensor.device}")
-    if x.dim() == 0:
-        raise ValueError(f"{op}: x is (); it needs a last dimension to normalise over")
+        if tensor.device != device:
+            raise ValueError(f"{op}: x is on {device}, {name} on {tensor.device}")
     if residual is not None:
-        if residual.shape != x.shape or residual.device != x.device:
+        if residual.shape != shape or residual.device != device:
             raise ValueError(
-                f"{op}: residual must be like x, which is {tuple(x.shape)} on {x.device}; "
+                f"{op}: residual must be like x, which is {tuple(shape)} on {device}; "
                 f"it is {tuple(residual.shape)} on {residual.device}"
             )
-        if residual.dtype != x.dtype:
-            raise TypeError(f"{op}: residual is {residual.dtype}, x is {x.dtype}")
+        if residual.dtype != dtype:
+            raise TypeError(f"{op}: residual is {residual.dtype}, x is {dtype}")
     if not eps > 0:
         raise ValueError(f"{op}: eps is {eps}; it must be > 0")
 
 
+def _not_a_float(op: str, name: str, dtype: torch.dtype) -> str:
+    return f"{op}: {name} is {dtype}; it must be float32, bfloat16, float16 or float64"
+
+
 def _check(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float) -> None:
-    check_norm("rms_norm", x, residual, eps, weight=weight)
+    check_norm("rms_norm", x, residual, eps, weight, None)
     if not math.isfinite(offset):
         raise ValueError(f"rms_norm: offset is {offset}; it must be finite")
 
