@@ -73,6 +73,7 @@ def accelerate(
     - `rms_norm`, under Llama, Mistral, Qwen2, Qwen3, Gemma 2 and 3, Phi-3 and SmolLM3;
     - `rope`, in the attention of those and of ModernBERT;
     - `glu`, in the MLPs of all these and in DINOv2's with SwiGLU;
+    - `linear`, in every torch.nn.Linear in bfloat16 on a CPU with AMX, for the weight's gradient;
     - `linear_cross_entropy`, in the loss of those that are causal language models and of GPT-2, in
       training, when they are called with labels: their output then holds the loss and no logits.
 
@@ -88,7 +89,8 @@ def accelerate(
     Raises:
         ValueError: `only` or `without` names an unknown op.
     """
-    ops = ["attention", *transformers_modules.KINDS, "linear_cross_entropy"]
+    # The loss before the linear layers, of which lm_head is one.
+    ops = ["attention", "linear_cross_entropy", *transformers_modules.KINDS]
     for argument, names in (("only", only), ("without", without)):
         for name in names or ():
             if name not in ops:

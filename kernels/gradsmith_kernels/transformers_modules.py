@@ -1,4 +1,4 @@
-"""The norms, gated MLPs and rotary embeddings of transformers' models, by our ops.
+"""The norms, gated MLPs, rotary embeddings and linear layers of transformers' models, by our ops.
 
 A module is given a subclass of its own class with another `forward`, which calls the module's
 children as before and takes the op for what lies between them. So parameters, state-dict names,
@@ -27,6 +27,8 @@ from gradsmith_kernels.glu import geglu, swiglu
 from gradsmith_kernels.glu import op as glu_op
 from gradsmith_kernels.layer_norm import layer_norm
 from gradsmith_kernels.layer_norm import op as layer_norm_op
+from gradsmith_kernels.linear import linear
+from gradsmith_kernels.linear import op as linear_op
 from gradsmith_kernels.rms_norm import op as rms_norm_op
 from gradsmith_kernels.rms_norm import rms_norm
 from gradsmith_kernels.rope import op as rope_op
@@ -135,6 +137,18 @@ def _conv_next_layer_norm(original: Forward) -> Forward:
         if self.data_format != "channels_first":
             return rows(self, features)
         return rows(self, features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    return forward
+
+
+# ------------------------------------------------------------------------------- linear layers
+
+
+def _linear(original: Forward) -> Forward:
+    def forward(self: Any, input: Tensor) -> Any:
+        if input.dtype != self.weight.dtype or torch.is_autocast_enabled(input.device.type):
+            return original(self, input)
+        return linear(input, self.weight, self.bias)
 
     return forward
 
@@ -342,6 +356,20 @@ def _tensor(module: nn.Module, model: nn.Module) -> Tensor | None:
     return next((tensor for tensor in around if tensor.is_floating_point()), None)
 
 
+class _LinearKind(Kind):
+    """Where the op has nothing of ours to give, which is most machines, there is nothing to say."""
+
+    def concerns(self, module: nn.Module) -> bool:
+        if self._maker(module) is None or isinstance(module, Accelerated):
+            return False
+        weight: Any = module.weight
+        return linear_op.dweight_backend(weight.device.type, weight.dtype) != "reference"
+
+    def backend(self, module: nn.Module, model: nn.Module) -> str:
+        weight: Any = module.weight
+        return linear_op.dweight_backend(weight.device.type, weight.dtype)
+
+
 def _of(families: str, suffix: str, maker: Maker) -> dict[str, Maker]:
     return {f"{family}{suffix}": maker for family in families.split()}
 
@@ -412,6 +440,13 @@ KINDS = {
         {"LayerNorm": _layer_norm, "ConvNextLayerNorm": _conv_next_layer_norm},
         lambda module: type(module).__name__.endswith("LayerNorm"),
         _unfit_layer_norm,
+    ),
+    "linear": _LinearKind(
+        linear_op.OP,
+        linear_op.FLOATS,
+        {"Linear": _linear},
+        lambda module: False,
+        lambda module: None,
     ),
     "rms_norm": Kind(
         rms_norm_op.OP,

@@ -7,12 +7,14 @@ import torch
 from torch import nn
 
 from gradsmith_kernels import accelerate
+from gradsmith_kernels.linear import op as linear_op
 
 transformers = pytest.importorskip("transformers")
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 50}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
-EVERY_OP = ["attention", "glu", "layer_norm", "rms_norm", "rope", "linear_cross_entropy"]
+EVERY_OP = ["attention", "glu", "layer_norm", "linear", "rms_norm", "rope"]
+EVERY_OP += ["linear_cross_entropy"]
 
 
 def tiny(kind="Llama", dtype=torch.float32, **changes):
@@ -504,3 +506,30 @@ def test_a_saved_model_loads_without_gradsmith(tmp_path):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation
         == "sdpa"
     )
+
+
+def test_linear_layers_where_the_weights_gradient_is_ours(monkeypatch):
+    """As on AMX: every linear layer but the head, which is the loss's, and with the same result."""
+    monkeypatch.setattr(linear_op, "dweight_backend", lambda device, dtype: "cpu")
+    ours = tiny(dtype=torch.bfloat16)
+    theirs = copy.deepcopy(ours)
+    report = accelerate(ours, only=["linear", "linear_cross_entropy"])
+    assert ops_in(report) == {"linear": 2 * 7, "linear_cross_entropy": 1}
+    accelerate(theirs, only=["linear_cross_entropy"])
+    tokens = torch.arange(160).reshape(4, 40) % 50  # rows enough for our products
+    with torch.profiler.profile() as profile:
+        loss = ours(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+    assert "gradsmith::linear_backward" in {event.key for event in profile.key_averages()}
+    other = theirs(input_ids=tokens, labels=tokens).loss
+    other.backward()
+    assert torch.equal(loss, other)  # the forward products are torch's
+    for one, two in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert (one.grad - two.grad).norm() <= 0.01 * two.grad.norm()
+
+
+def test_linear_layers_stay_where_torchs_products_are_as_fast(monkeypatch):
+    monkeypatch.setattr(linear_op, "dweight_backend", lambda device, dtype: "reference")
+    report = accelerate(tiny(dtype=torch.bfloat16), only=["linear"])
+    assert report.replaced == {}
+    assert list(report.left_alone) == [""]

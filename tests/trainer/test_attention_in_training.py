@@ -74,7 +74,7 @@ def test_the_loss_curve_is_that_of_torch(tiny: Tiny, architecture: str) -> None:
 
     ours_in, torchs_in = (Run(runs[kernels].output) for kernels in (True, False))
     replaced = read_json(ours_in.provenance_path)["accelerate"]["replaced"]
-    assert {op for op, _ in replaced.values()} == OPS[architecture]
+    assert {op for op, _ in replaced.values()} - {"linear"} == OPS[architecture]  # that is AMX's
     assert {backend for _, backend in replaced.values()} == {"cpu"}
     assert "accelerate" not in read_json(torchs_in.provenance_path)
     for run, named in ((ours_in, True), (torchs_in, False)):
