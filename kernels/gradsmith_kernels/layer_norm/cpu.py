@@ -57,8 +57,8 @@ def backward(
     dbias = h.new_empty(0) if bias is None or not needed[2] else bias.new_empty(cols)
     if h.numel() == 0:
         return dx, dweight.zero_(), dbias.zero_()
-    sums = [gradient.numel() > 0 for gradient in (dweight, dbias)]
-    partial = torch.empty((sum(sums), _native.block_count(rows), cols), dtype=torch.float32)
+    weight_sums, bias_sums = (_native.block_count(rows) * g.numel() for g in (dweight, dbias))
+    partial = torch.empty(weight_sums + bias_sums, dtype=torch.float32)
     weight = None if weight is None else weight.contiguous()
     statistics = statistics.contiguous()
     dy_rows, dy_stride = as_rows(dy)
@@ -74,8 +74,8 @@ def backward(
         0 if weight is None else weight.data_ptr(),
         statistics.data_ptr(),
         dx.data_ptr(),
-        partial[0].data_ptr() if sums[0] else 0,
-        partial[-1].data_ptr() if sums[1] else 0,
+        partial.data_ptr() if weight_sums else 0,
+        partial.data_ptr() + weight_sums * partial.itemsize if bias_sums else 0,
         dweight.data_ptr(),
         dbias.data_ptr(),
         rows,
