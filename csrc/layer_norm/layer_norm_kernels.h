@@ -117,6 +117,7 @@ struct Backward {
   using T = typename X::T;
   // Vectors in a cache line, as far as registers go.
   static constexpr int kLine = kLanes * sizeof(T) < 64 ? 2 : 1;
+  static constexpr int64_t kShort = 1024;  // columns
 
   // mean(g) and mean(g * n).
   static void means(const LayerNormBackward& a, int64_t i, const Row& row, float& g_mean,
@@ -200,7 +201,9 @@ struct Backward {
       if (kBias) memset(bias_sum, 0, size_t(a.cols) * sizeof(float));
       int64_t i = block * size;
       const int64_t past = i + size < a.rows ? i + size : a.rows;
-      for (; i + 4 <= past; i += 4) some<4>(a, i, weight_sum, bias_sum);
+      // Short rows stay in the L1 cache with the partial sums, and one at a time is faster.
+      if (a.cols > kShort)
+        for (; i + 4 <= past; i += 4) some<4>(a, i, weight_sum, bias_sum);
       for (; i < past; ++i) some<1>(a, i, weight_sum, bias_sum);
     }
   }
