@@ -23,14 +23,13 @@ from .machine import summary
 
 PEER = str(Path(__file__).with_name("peer.py"))
 WARMUP = 3  # steps at the start of every process that are not counted
-TURNS = 2
 FIRST_LOSS, LAST_LOSS = 0.01, 0.05  # relative; ours keeps float32 masters, the peer does not
 
 COMMON: dict[str, Any] = {
     "seed": 1234,
     "data": {"sources": [{"kind": "python_stdlib", "limit": 300}], "sequence_length": 512},
     "training": {
-        "steps": 12,
+        "steps": 10,
         "global_batch": 8,
         "micro_batch": 4,
         "optimizer": {"name": "adamw", "lr": 5e-4},
@@ -41,13 +40,22 @@ COMMON: dict[str, Any] = {
         "checkpoint": {"every": 10_000},
     },
 }
-# 12.2 M parameters, of which 1.6 M are the embedding that the output layer shares.
-LLAMA = {
-    "hidden_size": 384,
-    "intermediate_size": 1024,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 6,
-    "tie_word_embeddings": True,
+# With a vocabulary of 4,096 that the output layer shares: 12.2 M and 109.5 M parameters.
+MODELS: dict[str, dict[str, Any]] = {
+    "llama-12M": {
+        "hidden_size": 384,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 6,
+        "tie_word_embeddings": True,
+    },
+    "llama-110M": {
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 15,
+        "num_attention_heads": 12,
+        "tie_word_embeddings": True,
+    },
 }
 TASKS: dict[str, dict[str, Any]] = {
     "pretrain": {"data": {"task": "language_modeling"}, "model": {}},
@@ -56,6 +64,14 @@ TASKS: dict[str, dict[str, Any]] = {
         "model": {"adapter": {"method": "lora", "rank": 8, "alpha": 16.0}},
     },
 }
+# Task, model, length of a sequence, sequences in a step and in a micro-batch, turns of everybody.
+CASES = [
+    ("pretrain", "llama-12M", 512, 8, 4, 2),
+    ("pretrain", "llama-12M", 2048, 2, 1, 2),
+    ("pretrain", "llama-110M", 512, 4, 2, 1),
+    ("pretrain", "llama-110M", 2048, 1, 1, 1),
+    ("lora", "llama-12M", 512, 8, 4, 2),
+]
 
 
 def write_recipe(folder: Path, name: str, *trees: dict[str, Any]) -> Path:
@@ -93,33 +109,50 @@ def gradsmith_turn(recipe: Path) -> dict[str, list[float]]:
     }
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose weights and tokenizer all contenders start from."""
-    folder = tmp_path_factory.mktemp("end_to_end")
+@pytest.fixture(scope="module", params=MODELS)
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose weights and tokenizer all contenders start from, in a folder of its name."""
     recipe = write_recipe(
-        folder,
-        "base",
+        tmp_path_factory.mktemp("end_to_end"),
+        request.param,
         {
             "data": {"tokenizer": {"train": {"vocab_size": 4096}}},
-            "model": {"architecture": "llama", "config": LLAMA},
+            "model": {"architecture": "llama", "config": MODELS[request.param]},
             "training": {"steps": 4},
         },
     )
     run("-m", "gradsmith", "train", str(recipe))
-    return folder / "base"
+    return recipe.with_suffix("")
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_training(task: str, base: Path, rows: list[dict[str, Any]], quick: bool) -> None:
+@pytest.mark.parametrize(
+    ("task", "base", "length", "global_batch", "micro_batch", "turns"), CASES, indirect=["base"]
+)
+def test_training(
+    task: str,
+    base: Path,
+    length: int,
+    global_batch: int,
+    micro_batch: int,
+    turns: int,
+    rows: list[dict[str, Any]],
+    quick: bool,
+) -> None:
+    sizes = {
+        "data": {"sequence_length": length},
+        "training": {"global_batch": global_batch, "micro_batch": micro_batch},
+    }
     steps = {"training": {"steps": 5 if quick else COMMON["training"]["steps"]}}
-    recipe = write_recipe(base.parent, task, TASKS[task], {"model": {"from": str(base)}}, steps)
-    output = str(base.parent / task)
+    name = f"{task}-{length}"
+    recipe = write_recipe(
+        base.parent, name, TASKS[task], {"model": {"from": str(base)}}, sizes, steps
+    )
+    output = str(base.parent / name)
     peers = {"transformers eager": [], "transformers compiled": ["--compile"]}
 
     seconds: dict[str, list[float]] = {name: [] for name in ("gradsmith", *peers)}
     flops_per_token = 0.0
-    for _ in range(1 if quick else TURNS):
+    for _ in range(1 if quick else turns):
         ours = gradsmith_turn(recipe)
         seconds["gradsmith"] += ours["seconds"][WARMUP - 1 :]
         for name, options in peers.items():
@@ -129,11 +162,11 @@ def test_training(task: str, base: Path, rows: list[dict[str, Any]], quick: bool
             seconds[name] += peer["seconds"][WARMUP:]
             flops_per_token = peer["flops_per_token"]
 
-    tokens = COMMON["training"]["global_batch"] * COMMON["data"]["sequence_length"]
+    tokens = global_batch * length
     times = {name: summary(values) for name, values in seconds.items()}
     rows.append(
         {
-            "key": f"{task} llama-12M bf16",
+            "key": f"{task} {base.name} S {length} bf16",
             "times": times,
             "ratios": {p: median(seconds[p]) / median(seconds["gradsmith"]) for p in peers},
             "tokens": tokens,
