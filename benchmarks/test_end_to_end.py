@@ -173,3 +173,29 @@ def test_training(
             "flops": flops_per_token * tokens,
         }
     )
+
+
+def test_accelerate_in_the_trainer_of_transformers(rows: list[dict[str, Any]], quick: bool) -> None:
+    contenders = {"gradsmith": ["--accelerate"], "HF Trainer without it": []}
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    config = json.dumps(MODELS["llama-12M"])
+    for _ in range(1 if quick else 2):
+        losses = []
+        for name, options in contenders.items():
+            result = json.loads(
+                run("-m", "benchmarks.hf_trainer", config, *options).splitlines()[-1]
+            )
+            seconds[name] += result["seconds"][WARMUP:]
+            losses.append(result["losses"])
+        assert losses[0] == pytest.approx(losses[1], rel=FIRST_LOSS)
+    medians = {name: median(values) for name, values in seconds.items()}
+    peer = "HF Trainer without it"
+    rows.append(
+        {
+            "key": "accelerate in the HF Trainer llama-12M S 512 bf16",
+            "times": {name: summary(values) for name, values in seconds.items()},
+            "ratios": {peer: medians[peer] / medians["gradsmith"]},
+            "tokens": result["tokens"],
+            "flops": 0,
+        }
+    )
