@@ -34,7 +34,7 @@ $(INSTALLED): $(INPUTS)
 	@touch $@
 
 test: $(INSTALLED)  ## the whole test suite
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -22,9 +22,11 @@ def test_kernels_stay_within_their_budgets():
 def test_budgets_have_no_spills_and_wide_loads():
     for spec in all_specs("triton"):
         budgets = json.loads(compile_checks.budgets_path(spec).read_text())
-        for kernels in budgets["chips"].values():
-            # Not of each: sums over a few numbers, and columns, have nothing wide to load.
-            assert any(resources["loads_128"] > 0 for resources in kernels.values())
+        for chip, kernels in budgets["chips"].items():
+            # Not of each: sums over a few numbers, and columns, have nothing wide to load. Nor on
+            # gfx942: of the same tile its waves of 64 lanes may load half as much a lane.
+            wide = any(resources["loads_128"] > 0 for resources in kernels.values())
+            assert wide or chip == "gfx942"
             for resources in kernels.values():
                 assert resources["spill_loads"] == resources["spill_stores"] == 0
 
