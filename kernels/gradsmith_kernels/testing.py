@@ -143,8 +143,9 @@ def parity(spec: Spec, sample: Sample, backend: str, device: torch.device) -> li
     return verdicts
 
 
-def check_parity(spec: Spec, sample: Sample, backend: str, device: torch.device) -> None:
-    """Raises AssertionError with every verdict that failed."""
+def check_parity(spec: Spec, sample: Sample, backend: str | None, device: torch.device) -> None:
+    """Raises AssertionError with every verdict that failed. `backend` None: the device's own."""
+    backend = backend or spec.op.resolve(None, device.type, sample.dtype)
     failed = [verdict for verdict in parity(spec, sample, backend, device) if not verdict.passed]
     assert not failed, f"{spec.op.name}:\n" + "\n".join(str(verdict) for verdict in failed)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gradsmith_kernels.adafactor_step.tensors import DTYPES, Options, Tensors, check
 from gradsmith_kernels.backends import Implementation, Op
+from gradsmith_kernels.registration import register
 
 OP = Op(
     "adafactor_step",
@@ -43,5 +44,4 @@ def _step(params: Sequence[Tensor], grads: Sequence[Tensor], *rest: Any) -> None
         module.Plan(tensors).step(grads, Options(*rest[5:12]), scale, zero_grads)
 
 
-torch.library.impl("gradsmith::adafactor_step_", "CompositeExplicitAutograd", _step)
-torch.library.register_fake("gradsmith::adafactor_step_", _step_fake)
+register("adafactor_step_", _step, _step_fake)

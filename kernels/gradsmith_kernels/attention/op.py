@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gradsmith_kernels.attention.reference import Options, rest_shape, statistics_shape
 from gradsmith_kernels.backends import Implementation, Op
+from gradsmith_kernels.registration import register, without_second_derivative
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_SIZE = 256
@@ -336,31 +337,15 @@ def _sink_gradient(sink: Tensor, lse: Tensor, rest: Tensor, delta: Tensor) -> Te
     return (terms.sum((0, 2)) if terms.dim() == 3 else terms.sum(1)).to(sink.dtype)
 
 
-class _AttentionBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
-            return tuple(torch.ops.gradsmith.attention_backward.default(*args))
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> None:
-        raise RuntimeError("attention has no second derivative (create_graph=True)")
+def _attention_autograd(*args: Any) -> Any:
+    apply: Any = _Attention.apply  # untyped in torch, and it takes no keywords
+    return apply(*args)
 
 
-def _autograd(function: Any) -> Any:
-    apply: Any = function.apply  # untyped in torch, and it takes no keywords
-
-    def wrapped(*args: Any) -> Any:
-        return apply(*args)
-
-    return wrapped
-
-
-# Registered by hand: half the price of torch.library.register_autograd (docs/log.md).
-for _name, _function, _fake, _class in (
-    ("attention", _attention, _attention_fake, _Attention),
-    ("attention_backward", _attention_backward, _attention_backward_fake, _AttentionBackward),
-):
-    torch.library.impl(f"gradsmith::{_name}", "CompositeExplicitAutograd", _function)
-    torch.library.impl(f"gradsmith::{_name}", "Autograd", _autograd(_class))
-    torch.library.register_fake(f"gradsmith::{_name}", _fake)
+register("attention", _attention, _attention_fake, _attention_autograd)
+register(
+    "attention_backward",
+    _attention_backward,
+    _attention_backward_fake,
+    without_second_derivative(torch.ops.gradsmith.attention_backward.default, "attention has"),
+)

@@ -8,6 +8,11 @@ import torch
 from torch import Tensor
 
 from gradsmith_kernels.backends import Implementation, Op
+from gradsmith_kernels.registration import (
+    differentiable,
+    register,
+    without_second_derivative,
+)
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # The activation -> the public function that takes it, for messages.
@@ -114,25 +119,9 @@ class _Glu(torch.autograd.Function):
         return dgate if need_dgate else None, dup if need_dup else None, None, None
 
 
-class _GluBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            dgate, dup = torch.ops.gradsmith.glu_backward.default(*args)
-        return dgate, dup
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> None:
-        raise RuntimeError("swiglu and geglu have no second derivative (create_graph=True)")
-
-
-def _differentiable(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-
-
 def _glu_autograd(gate: Tensor, up: Tensor, activation: str, backend: str | None = None) -> Tensor:
     y: Tensor
-    if _differentiable(gate, up):
+    if differentiable(gate, up):
         apply: Any = _Glu.apply  # untyped in torch
         y = apply(gate, up, activation, backend)
         return y
@@ -141,23 +130,10 @@ def _glu_autograd(gate: Tensor, up: Tensor, activation: str, backend: str | None
     return y
 
 
-def _glu_backward_autograd(*args: Any) -> tuple[Tensor, Tensor]:
-    dgate: Tensor
-    dup: Tensor
-    if _differentiable(*args[:3]):
-        apply: Any = _GluBackward.apply
-        dgate, dup = apply(*args)
-        return dgate, dup
-    with torch._C._AutoDispatchBelowAutograd():
-        dgate, dup = torch.ops.gradsmith.glu_backward.default(*args)
-    return dgate, dup
-
-
-# Registered by hand: half the price of torch.library.register_autograd (docs/log.md).
-for _name, _function, _fake, _autograd in (
-    ("glu", _glu, _glu_fake, _glu_autograd),
-    ("glu_backward", _glu_backward, _glu_backward_fake, _glu_backward_autograd),
-):
-    torch.library.impl(f"gradsmith::{_name}", "CompositeExplicitAutograd", _function)
-    torch.library.impl(f"gradsmith::{_name}", "Autograd", _autograd)
-    torch.library.register_fake(f"gradsmith::{_name}", _fake)
+register("glu", _glu, _glu_fake, _glu_autograd)
+register(
+    "glu_backward",
+    _glu_backward,
+    _glu_backward_fake,
+    without_second_derivative(torch.ops.gradsmith.glu_backward.default, "swiglu and geglu have"),
+)

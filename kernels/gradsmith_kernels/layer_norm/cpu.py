@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gradsmith_kernels import _native
+from gradsmith_kernels.layer_norm.op import empty_gradients
 from gradsmith_kernels.native import DTYPE_CODES, as_rows
 
 
@@ -52,9 +53,7 @@ def backward(
     needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     cols, rows = h.shape[-1], statistics.numel() // 3
-    dx = h.new_empty(h.shape if needed[0] else 0)
-    dweight = h.new_empty(0) if weight is None or not needed[1] else weight.new_empty(cols)
-    dbias = h.new_empty(0) if bias is None or not needed[2] else bias.new_empty(cols)
+    dx, dweight, dbias = empty_gradients(h, weight, bias, needed)
     if h.numel() == 0:
         return dx, dweight.zero_(), dbias.zero_()
     weight_sums, bias_sums = (_native.block_count(rows) * g.numel() for g in (dweight, dbias))

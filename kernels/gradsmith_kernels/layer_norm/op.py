@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gradsmith_kernels.backends import Implementation, Op
+from gradsmith_kernels.registration import register, without_second_derivative
 from gradsmith_kernels.rms_norm.op import FLOATS, check_norm
 
 OP = Op(
@@ -45,6 +46,16 @@ def _empty(x: Tensor) -> Tensor:
 def _empty_statistics(x: Tensor) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
     return x.new_empty((*x.shape[:-1], 3), dtype=dtype)
+
+
+def empty_gradients(
+    h: Tensor, weight: Tensor | None, bias: Tensor | None, needed: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for dx, dweight and dbias."""
+    dx = _empty(h) if needed[0] else h.new_empty(0)
+    dweight = _empty(weight) if weight is not None and needed[1] else h.new_empty(0)
+    dbias = _empty(bias) if bias is not None and needed[2] else h.new_empty(0)
+    return dx, dweight, dbias
 
 
 def _layer_norm(
@@ -116,10 +127,7 @@ def _layer_norm_backward_fake(
     needed: list[bool],
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx = _empty(h) if needed[0] else h.new_empty(0)
-    dweight = _empty(weight) if weight is not None and needed[1] else h.new_empty(0)
-    dbias = _empty(bias) if bias is not None and needed[2] else h.new_empty(0)
-    return dx, dweight, dbias
+    return empty_gradients(h, weight, bias, needed)
 
 
 def _gradients(
@@ -182,18 +190,6 @@ class _AddLayerNorm(torch.autograd.Function):
         return dx, dx, dweight, dbias, None, None
 
 
-class _LayerNormBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            dx, dweight, dbias = torch.ops.gradsmith.layer_norm_backward.default(*args)
-        return dx, dweight, dbias
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> None:
-        raise RuntimeError("layer_norm has no second derivative (create_graph=True)")
-
-
 def _layer_norm_autograd(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -215,32 +211,11 @@ def _add_layer_norm_autograd(
     return y, h, statistics
 
 
-def _layer_norm_backward_autograd(
-    dy: Tensor,
-    dh: Tensor | None,
-    h: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    statistics: Tensor,
-    needed: list[bool],
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    apply: Any = _LayerNormBackward.apply  # untyped in torch
-    dx, dweight, dbias = apply(dy, dh, h, weight, bias, statistics, needed, backend)
-    return dx, dweight, dbias
-
-
-# The autograd kernel is registered by itself, as rms_norm's is and for its reason.
-for _name, _function, _fake, _autograd in (
-    ("layer_norm", _layer_norm, _layer_norm_fake, _layer_norm_autograd),
-    ("add_layer_norm", _add_layer_norm, _add_layer_norm_fake, _add_layer_norm_autograd),
-    (
-        "layer_norm_backward",
-        _layer_norm_backward,
-        _layer_norm_backward_fake,
-        _layer_norm_backward_autograd,
-    ),
-):
-    torch.library.impl(f"gradsmith::{_name}", "CompositeExplicitAutograd", _function)
-    torch.library.impl(f"gradsmith::{_name}", "Autograd", _autograd)
-    torch.library.register_fake(f"gradsmith::{_name}", _fake)
+register("layer_norm", _layer_norm, _layer_norm_fake, _layer_norm_autograd)
+register("add_layer_norm", _add_layer_norm, _add_layer_norm_fake, _add_layer_norm_autograd)
+register(
+    "layer_norm_backward",
+    _layer_norm_backward,
+    _layer_norm_backward_fake,
+    without_second_derivative(torch.ops.gradsmith.layer_norm_backward.default, "layer_norm has"),
+)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gradsmith_kernels.layer_norm.op import empty_gradients
 from gradsmith_kernels.native import as_rows
 from gradsmith_kernels.rms_norm.triton_kernels import (
     MAX_PROGRAMS,
@@ -265,9 +266,7 @@ def backward(
     needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     cols, rows = h.shape[-1], statistics.numel() // 3
-    dx = h.new_empty(h.shape if needed[0] else 0)
-    dweight = h.new_empty(0) if weight is None or not needed[1] else weight.new_empty(cols)
-    dbias = h.new_empty(0) if bias is None or not needed[2] else bias.new_empty(cols)
+    dx, dweight, dbias = empty_gradients(h, weight, bias, needed)
     if h.numel() == 0:
         return dx, dweight.zero_(), dbias.zero_()
     sums = [gradient for gradient in (dweight, dbias) if gradient.numel()]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gradsmith_kernels.backends import Implementation, Op, native
+from gradsmith_kernels.registration import register, without_second_derivative
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -92,12 +93,14 @@ def _linear_backward(
     need_dbias: bool,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    module = OP.choose(backend, x.device, x.dtype)
-    for_dweight = module
+    module = for_dweight = OP.choose(backend, x.device, x.dtype)
     if backend is None:
         for_dweight = OP.choose(dweight_backend(x.device.type, x.dtype), x.device, x.dtype)
-    dx, _, dbias = module.backward(dy, x, weight, (need_dx, False, need_dbias))
-    _, dweight, _ = for_dweight.backward(dy, x, weight, (False, need_dweight, False))
+    dx, dweight, dbias = module.backward(
+        dy, x, weight, (need_dx, need_dweight and for_dweight is module, need_dbias)
+    )
+    if need_dweight and for_dweight is not module:
+        _, dweight, _ = for_dweight.backward(dy, x, weight, (False, True, False))
     return dx, dweight, dbias
 
 
@@ -145,34 +148,16 @@ class _Linear(torch.autograd.Function):
         return *(d if need else None for d, need in zip(gradients, ctx.needs, strict=True)), None
 
 
-class _LinearBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            dx, dweight, dbias = torch.ops.gradsmith.linear_backward.default(*args)
-        return dx, dweight, dbias
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> None:
-        raise RuntimeError("linear has no second derivative (create_graph=True)")
-
-
 def _linear_autograd(
     x: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None = None
 ) -> Any:
     return _Linear.apply(x, weight, bias, backend)  # type: ignore[no-untyped-call]
 
 
-def _linear_backward_autograd(*args: Any) -> Any:
-    backend = args[6] if len(args) > 6 else None
-    return _LinearBackward.apply(*args[:6], backend)  # type: ignore[no-untyped-call]
-
-
-# Registered by hand: half the price of torch.library.register_autograd (docs/log.md).
-for _name, _function, _fake, _autograd in (
-    ("linear", _linear, _linear_fake, _linear_autograd),
-    ("linear_backward", _linear_backward, _linear_backward_fake, _linear_backward_autograd),
-):
-    torch.library.impl(f"gradsmith::{_name}", "CompositeExplicitAutograd", _function)
-    torch.library.impl(f"gradsmith::{_name}", "Autograd", _autograd)
-    torch.library.register_fake(f"gradsmith::{_name}", _fake)
+register("linear", _linear, _linear_fake, _linear_autograd)
+register(
+    "linear_backward",
+    _linear_backward,
+    _linear_backward_fake,
+    without_second_derivative(torch.ops.gradsmith.linear_backward.default, "linear has"),
+)

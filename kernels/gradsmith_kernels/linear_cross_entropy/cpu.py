@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gradsmith_kernels import _native
-from gradsmith_kernels.linear_cross_entropy.reference import Options
+from gradsmith_kernels.linear_cross_entropy.reference import TILE_ROOM, Options
 from gradsmith_kernels.native import DTYPE_CODES, as_rows
 
 GRADIENTS_IN_FORWARD = True
@@ -66,8 +66,8 @@ def gradient_shapes(
     """Of the sums that the kernels write: whole vectors and tiles, so with room at the end."""
     columns = (size + 15) // 16 * 16
     return (
-        (rows + 15, columns) if needs[0] else (0, 0),
-        (vocabulary + 15, columns) if needs[1] else (0, 0),
+        (rows + TILE_ROOM, columns) if needs[0] else (0, 0),
+        (vocabulary + TILE_ROOM, columns) if needs[1] else (0, 0),
         (vocabulary,) if needs[2] else (0,),
     )
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from gradsmith_kernels.backends import Implementation, Op
-from gradsmith_kernels.linear_cross_entropy.reference import Options
+from gradsmith_kernels.linear_cross_entropy.reference import TILE_ROOM, Options
+from gradsmith_kernels.registration import differentiable, register
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 REDUCTIONS = ("mean", "sum", "none")
@@ -284,7 +285,7 @@ def _scale(
     if len(sum_dhidden):
         rows = module.scale(sum_dhidden, len(tokens.target), size, factor, dtype)
         dhidden = tokens.put(rows, (*target.shape, size))
-    dweight = module.scale(sum_dweight, max(0, len(sum_dweight) - 15), size, factor, dtype)
+    dweight = module.scale(sum_dweight, max(0, len(sum_dweight) - TILE_ROOM), size, factor, dtype)
     return dhidden, dweight, (sum_dbias * factor).to(dtype)
 
 
@@ -299,7 +300,7 @@ def _scale_fake(
     *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dhidden = (*target.shape, size) if sum_dhidden.shape[0] else (0,)
-    dweight = (sum_dweight.shape[0] - 15, size) if sum_dweight.shape[0] else (0,)
+    dweight = (sum_dweight.shape[0] - TILE_ROOM, size) if sum_dweight.shape[0] else (0,)
     shapes = (dhidden, dweight, sum_dbias.shape)
     one, two, three = (dloss.new_empty(shape, dtype=dtype) for shape in shapes)
     return one, two, three
@@ -403,8 +404,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *wanted, *(None,) * (1 + len(ctx.options))
 
 
-def _autograd(*args: Any) -> Any:
-    if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in args[:3]):
+def _linear_cross_entropy_autograd(*args: Any) -> Any:
+    if not differentiable(*args):
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.gradsmith.linear_cross_entropy.default(*args)
     backend = args[10] if len(args) > 10 else None
@@ -412,14 +413,12 @@ def _autograd(*args: Any) -> Any:
     return apply(*args[:10], backend)
 
 
-# Registered by hand: half the price of torch.library.register_autograd (docs/log.md).
-for _name, _function, _fake in (
-    ("", _linear_cross_entropy, _linear_cross_entropy_fake),
-    ("_with_gradients", _with_gradients, _with_gradients_fake),
-    ("_scale", _scale, _scale_fake),
-    ("_backward", _backward, _backward_fake),
-):
-    _name = f"gradsmith::linear_cross_entropy{_name}"
-    torch.library.impl(_name, "CompositeExplicitAutograd", _function)
-    torch.library.register_fake(_name, _fake)
-torch.library.impl("gradsmith::linear_cross_entropy", "Autograd", _autograd)
+register(
+    "linear_cross_entropy",
+    _linear_cross_entropy,
+    _linear_cross_entropy_fake,
+    _linear_cross_entropy_autograd,
+)
+register("linear_cross_entropy_with_gradients", _with_gradients, _with_gradients_fake)
+register("linear_cross_entropy_scale", _scale, _scale_fake)
+register("linear_cross_entropy_backward", _backward, _backward_fake)

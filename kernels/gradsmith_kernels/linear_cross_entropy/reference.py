@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 GRADIENTS_IN_FORWARD = False
+TILE_ROOM = 15  # rows after a gradient's own that a backend's whole tiles may write to
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gradsmith_kernels.backends import Implementation, Op
+from gradsmith_kernels.registration import register
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 OP = Op(
@@ -70,5 +71,4 @@ def _empty(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-torch.library.impl("gradsmith::newton_schulz", "CompositeExplicitAutograd", _newton_schulz)
-torch.library.register_fake("gradsmith::newton_schulz", _newton_schulz_fake)
+register("newton_schulz", _newton_schulz, _newton_schulz_fake)

@@ -131,7 +131,7 @@ class NewtonSchulzSpec(Spec):
                     {name: partial(peer_step, cls) for name, cls in peers.items()},
                     count * m * n * 20,
                     flops,
-                    partial(self._check, sample((256, 256 * n // m), torch.bfloat16)),
+                    partial(check_parity, self, sample((256, 256 * n // m), torch.bfloat16), None),
                 )
             )
         return cases
@@ -142,9 +142,6 @@ class NewtonSchulzSpec(Spec):
         for p in params:
             p.grad = torch.randn_like(p)
         return {"params": params}
-
-    def _check(self, small: Sample, device: torch.device) -> None:
-        check_parity(self, small, self.op.resolve(None, device.type, small.dtype), device)
 
 
 def muon_step(inputs: Inputs, backend: str | None) -> None:

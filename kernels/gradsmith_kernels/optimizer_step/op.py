@@ -11,6 +11,7 @@ from torch import Tensor
 from gradsmith_kernels.backends import Implementation, Op
 from gradsmith_kernels.optimizer_step.rules import RULES
 from gradsmith_kernels.optimizer_step.tensors import DTYPES, Tensors, check
+from gradsmith_kernels.registration import register
 
 OP = Op(
     "optimizer_step",
@@ -55,5 +56,4 @@ def _step(
         module.Plan(RULES[rule], tensors).step(grads, named, scale, zero_grads, seed)
 
 
-torch.library.impl("gradsmith::optimizer_step_", "CompositeExplicitAutograd", _step)
-torch.library.register_fake("gradsmith::optimizer_step_", _step_fake)
+register("optimizer_step_", _step, _step_fake)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gradsmith_kernels.backends import Implementation, Op
+from gradsmith_kernels.registration import register, without_second_derivative
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _DTYPES = frozenset((*FLOATS, torch.float64))
@@ -220,18 +221,6 @@ class _AddRmsNorm(torch.autograd.Function):
         return dx, dx, dweight if need_dweight else None, None, None, None
 
 
-class _RmsNormBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            dx, dweight = torch.ops.gradsmith.rms_norm_backward.default(*args)
-        return dx, dweight
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> None:
-        raise RuntimeError("rms_norm has no second derivative (create_graph=True)")
-
-
 def _rms_norm_autograd(
     x: Tensor, weight: Tensor, eps: float, offset: float, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -252,33 +241,11 @@ def _add_rms_norm_autograd(
     return y, h, rstd
 
 
-def _rms_norm_backward_autograd(
-    dy: Tensor,
-    dh: Tensor | None,
-    h: Tensor,
-    weight: Tensor,
-    rstd: Tensor,
-    offset: float,
-    need_dweight: bool,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    apply: Any = _RmsNormBackward.apply  # untyped in torch
-    dx, dweight = apply(dy, dh, h, weight, rstd, offset, need_dweight, backend)
-    return dx, dweight
-
-
-# The autograd kernel is registered by itself: torch.library.register_autograd would do the same in
-# twice the time, which small rows notice (docs/log.md, "The price of a call").
-for _name, _function, _fake, _autograd in (
-    ("rms_norm", _rms_norm, _rms_norm_fake, _rms_norm_autograd),
-    ("add_rms_norm", _add_rms_norm, _add_rms_norm_fake, _add_rms_norm_autograd),
-    (
-        "rms_norm_backward",
-        _rms_norm_backward,
-        _rms_norm_backward_fake,
-        _rms_norm_backward_autograd,
-    ),
-):
-    torch.library.impl(f"gradsmith::{_name}", "CompositeExplicitAutograd", _function)
-    torch.library.impl(f"gradsmith::{_name}", "Autograd", _autograd)
-    torch.library.register_fake(f"gradsmith::{_name}", _fake)
+register("rms_norm", _rms_norm, _rms_norm_fake, _rms_norm_autograd)
+register("add_rms_norm", _add_rms_norm, _add_rms_norm_fake, _add_rms_norm_autograd)
+register(
+    "rms_norm_backward",
+    _rms_norm_backward,
+    _rms_norm_backward_fake,
+    without_second_derivative(torch.ops.gradsmith.rms_norm_backward.default, "rms_norm has"),
+)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gradsmith_kernels.backends import Implementation, Op
+from gradsmith_kernels.registration import register
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 OP = Op(
@@ -150,7 +151,4 @@ def _rope_autograd(
     return list(apply(cos, sin, interleaved, transposed, backend, *x))
 
 
-# The autograd kernel is registered by itself, as rms_norm's is, to make a call cheap.
-torch.library.impl("gradsmith::rope", "CompositeExplicitAutograd", _rope)
-torch.library.impl("gradsmith::rope", "Autograd", _rope_autograd)
-torch.library.register_fake("gradsmith::rope", _rope_fake)
+register("rope", _rope, _rope_fake, _rope_autograd)
