@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from gradsmith_kernels import transformers_loss, transformers_modules
+from gradsmith_kernels import memory, transformers_loss, transformers_modules
 from gradsmith_kernels.attention import op as attention_op
 from gradsmith_kernels.linear_cross_entropy import op as linear_cross_entropy_op
 
@@ -32,10 +32,12 @@ class Report:
         the model whose layers it is, "" for the one that was given; for the loss that of lm_head.
     left_alone: module name -> why it was not replaced, for modules that look as if they could be;
         "" alone where there are none in the whole model.
+    memory: whether freed memory is now kept for the next tensors. `undo` leaves that as it is.
     """
 
     replaced: dict[str, tuple[str, str]] = field(default_factory=dict)
     left_alone: dict[str, str] = field(default_factory=dict)
+    memory: bool = False
     _undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
 
     def undo(self) -> None:
@@ -56,6 +58,7 @@ class Report:
         lines += [
             f"{name or 'model'}: left alone, {reason}" for name, reason in self.left_alone.items()
         ]
+        lines += ["memory: what is freed is kept for the next tensors"] * self.memory
         return "\n".join(lines)
 
 
@@ -77,20 +80,23 @@ def accelerate(
     - `linear_cross_entropy`, in the loss of those that are causal language models and of GPT-2, in
       training, when they are called with labels: their output then holds the loss and no logits.
 
+    With a model on a CPU, freed memory is also kept for the next tensors (`memory`): the process
+    then holds on to the most it has needed, see `gradsmith_kernels.memory.keep_freed`.
+
     The loss and the gradients stay those of the untouched model to rounding; gradients of frozen
     weights are not computed. Modules of other classes that do the same work are left alone, and the
     report names them. What is replaced already is left alone, so calling it twice is harmless.
 
     Args:
         model: a model of transformers, on its device and with its weights loaded.
-        only: op names to use; None for all.
-        without: op names not to use.
+        only: names from this list to use; None for all.
+        without: names not to use.
 
     Raises:
-        ValueError: `only` or `without` names an unknown op.
+        ValueError: `only` or `without` has an unknown name.
     """
     # The loss before the linear layers, of which lm_head is one.
-    ops = ["attention", "linear_cross_entropy", *transformers_modules.KINDS]
+    ops = ["attention", "linear_cross_entropy", *transformers_modules.KINDS, "memory"]
     for argument, names in (("only", only), ("without", without)):
         for name in names or ():
             if name not in ops:
@@ -105,6 +111,9 @@ def accelerate(
             _accelerate_attention(model, report)
         elif op == "linear_cross_entropy":
             _accelerate_loss(model, report)
+        elif op == "memory":
+            on_cpu = any(tensor.device.type == "cpu" for tensor in model.parameters())
+            report.memory = bool(report.replaced) and on_cpu and memory.keep_freed()
         else:
             _accelerate_modules(transformers_modules.KINDS[op], model, report)
     if not report.replaced and not report.left_alone:

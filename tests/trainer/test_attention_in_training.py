@@ -76,11 +76,13 @@ def test_the_loss_curve_is_that_of_torch(tiny: Tiny, architecture: str) -> None:
     replaced = read_json(ours_in.provenance_path)["accelerate"]["replaced"]
     assert {op for op, _ in replaced.values()} - {"linear"} == OPS[architecture]  # that is AMX's
     assert {backend for _, backend in replaced.values()} == {"cpu"}
+    assert read_json(ours_in.provenance_path)["accelerate"]["memory"] is True
     assert "accelerate" not in read_json(torchs_in.provenance_path)
     for run, named in ((ours_in, True), (torchs_in, False)):
         report = build_report([run], run.report_path).read_text(encoding="utf-8")
         for op in (*{op for op, _ in replaced.values()}, "attention"):
             assert (f"{op} under the model" in report) == named
+        assert ("freed memory" in report) == named
 
 
 @pytest.mark.parametrize("stage", [1, 3])

@@ -144,6 +144,13 @@ def test_bf16_losses_agree(results: Callable, ranks: int, stage: int) -> None:
         assert norm == pytest.approx(expected_norm, rel=2e-2)
 
 
+def test_one_rank_steps_with_the_float32_sum(results: Callable) -> None:
+    """DeepSpeed rounds what it averages over ranks to 16 bits; of one rank there is no average."""
+    gradients, _ = results(1, 1, 2, "bf16")
+    for name, gradient in gradients.items():
+        assert not torch.equal(gradient, gradient.bfloat16().float()), name
+
+
 def test_gradient_is_that_of_the_mean_over_all_targets(results: Callable, tiny: Tiny) -> None:
     """Against plain autograd on the whole global batch at once."""
     gradients, _ = results(2, 2, 4)

@@ -503,9 +503,10 @@ def _replaced(report: dict[str, Any]) -> list[list[str]]:
         for op, backend in (report.get("replaced") or {}).values()
     )
     counts.update(("left alone", why) for why in (report.get("left_alone") or {}).values())
-    return [
+    rows = [
         [what, f"{how}, {count} module{'s' * (count > 1)}"] for (what, how), count in counts.items()
     ]
+    return rows + [["freed memory", "kept for the next tensors"]] * bool(report.get("memory"))
 
 
 def _flat(value: Any) -> str:

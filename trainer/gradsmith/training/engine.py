@@ -135,6 +135,8 @@ def build_engine(recipe: Recipe, model: torch.nn.Module) -> DeepSpeedEngine:
         from .muon import partitions
 
         optimizer.set_partitions(partitions(engine), device=device())
+    if world() == 1:
+        _spare_a_lone_rank(engine)
     _clip_in_the_sweep(engine)
     _forget_skipped_gradients(engine)
     return engine
@@ -219,6 +221,18 @@ def _clip_in_the_sweep(engine: DeepSpeedEngine) -> None:
         optimizer.found_inf = not 0 <= norm < math.inf  # DeepSpeed says -1 for one with NaN in it
 
     wrapper.unscale_and_clip_grads = set_scale
+
+
+def _spare_a_lone_rank(engine: DeepSpeedEngine) -> None:
+    """One rank has nothing to average. Yet DeepSpeed copies all gradients into a bucket, rounds
+    those that were summed in float32 to 16 bits on the way, and copies them back.
+
+    Where its optimizer reduces by itself (stages 2 and 3, stage 1 but for bf16), that moves the
+    gradients to where the step reads them, and stays.
+    """
+    itself = hasattr(engine.optimizer, "reduce_gradients")
+    if not itself and not engine.zero_optimization_partition_gradients():
+        engine.enable_backward_allreduce = False
 
 
 def _forget_skipped_gradients(engine: DeepSpeedEngine) -> None:

@@ -316,7 +316,11 @@ def _kernels(recipe: Recipe, model: torch.nn.Module) -> dict[str, Any]:
     if not recipe.model.kernels:
         return {"backends": backends}
     report = accelerate(model)
-    placed = {"replaced": report.replaced, "left_alone": report.left_alone}
+    placed = {
+        "replaced": report.replaced,
+        "left_alone": report.left_alone,
+        "memory": report.memory,
+    }
     return {"backends": backends, "accelerate": placed}
 
 
