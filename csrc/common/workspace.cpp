@@ -24,6 +24,12 @@ std::mutex in_use;
 char* kept = nullptr;
 size_t kept_bytes = 0;
 
+void release() {
+  std::free(kept);
+  kept = nullptr;
+  kept_bytes = 0;
+}
+
 }  // namespace
 
 void Workspace::take() {
@@ -33,9 +39,7 @@ void Workspace::take() {
     return;
   }
   if (kept_bytes < total_) {
-    std::free(kept);
-    kept = nullptr;
-    kept_bytes = 0;
+    release();
     try {
       kept = allocate(total_);
     } catch (...) {
@@ -49,8 +53,10 @@ void Workspace::take() {
 }
 
 Workspace::~Workspace() {
-  if (kept_)
-    in_use.unlock();
-  else
+  if (!kept_) {
     std::free(memory_);
+    return;
+  }
+  if (kept_bytes > kKept) release();
+  in_use.unlock();
 }

@@ -1,5 +1,6 @@
-// Memory for the length of one call. The process keeps it for the next one: fresh pages cost more
-// than arithmetic (docs/log.md, "Fresh pages").
+// Memory for the length of one call. The process keeps up to kKept of it for the next one: fresh
+// pages cost more than arithmetic (docs/log.md, "Fresh outputs"), but for a call that needs more
+// than that, which takes seconds.
 #pragma once
 
 #include <cstddef>
@@ -17,6 +18,7 @@ class Workspace {
   void take();
   char* operator[](size_t offset) const { return memory_ + offset; }
 
+  static constexpr size_t kKept = size_t(128) << 20;  // bytes
   static size_t padded(int64_t bytes) { return (size_t(bytes) + 63) / 64 * 64; }
 
   Workspace() = default;

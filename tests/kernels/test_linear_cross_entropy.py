@@ -255,6 +255,29 @@ def test_the_logits_are_never_there():
     assert int(output.stdout) < 160  # MiB: a chunk's logits, 64, and weight's gradients
 
 
+def test_a_large_workspace_is_given_back():
+    """96 tokens of a million entries: 366 MiB of logits, which no later call of this kind needs."""
+    code = (
+        "import re, torch\n"
+        "from pathlib import Path\n"
+        "from gradsmith_kernels import linear_cross_entropy\n"
+        "hidden = torch.randn(96, 8).bfloat16().requires_grad_()\n"
+        "weight = torch.randn(1_000_000, 8).bfloat16()\n"
+        "target = torch.randint(1_000_000, (96,))\n"
+        "now, peak = (rf'Vm{key}:\\s+(\\d+) kB' for key in ('RSS', 'HWM'))\n"
+        "read = lambda what: int(re.search(what, Path('/proc/self/status').read_text())[1])\n"
+        "before = read(now)\n"
+        "linear_cross_entropy(hidden, weight, target).backward()\n"
+        "print((read(peak) - before) // 1024, (read(now) - before) // 1024)\n"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    peak, after = map(int, output.stdout.split())
+    assert peak > 360
+    assert after < 60
+
+
 GOOD = {
     "hidden": torch.ones(2, 3, 4),
     "weight": torch.ones(5, 4),
