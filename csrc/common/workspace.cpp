@@ -57,6 +57,6 @@ Workspace::~Workspace() {
     std::free(memory_);
     return;
   }
-  if (kept_bytes > kKept) release();
+  if (total_ > most_) release();
   in_use.unlock();
 }

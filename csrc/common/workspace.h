@@ -1,6 +1,5 @@
-// Memory for the length of one call. The process keeps up to kKept of it for the next one: fresh
-// pages cost more than arithmetic (docs/log.md, "Fresh outputs"), but for a call that needs more
-// than that, which takes seconds.
+// Memory for the length of one call. The process keeps it for the next one: fresh pages cost more
+// than arithmetic (docs/log.md, "Fresh outputs").
 #pragma once
 
 #include <cstddef>
@@ -18,16 +17,16 @@ class Workspace {
   void take();
   char* operator[](size_t offset) const { return memory_ + offset; }
 
-  static constexpr size_t kKept = size_t(128) << 20;  // bytes
   static size_t padded(int64_t bytes) { return (size_t(bytes) + 63) / 64 * 64; }
 
-  Workspace() = default;
+  // What a call needs is given back if it is more than `most` bytes.
+  explicit Workspace(size_t most = SIZE_MAX) : most_(most) {}
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
   ~Workspace();
 
  private:
-  size_t total_ = 0;
+  size_t most_, total_ = 0;
   char* memory_ = nullptr;
   bool kept_ = false;
 };

@@ -29,6 +29,9 @@ constexpr int64_t kWorkPerThread = 1000000;
 // Weights that are packed at a time: more of them would leave the cache.
 constexpr int64_t kPackedBytes = 8 << 20;
 
+// Of the workspace. Calls that need more take seconds, and the peak of a training step may be here.
+constexpr size_t kKeptBytes = size_t(128) << 20;
+
 // lse and loss of rows [begin, end), in double: their errors would be those of whole rows.
 void statistics(const LinearCrossEntropy& a, const LinearCrossEntropyChunk& c, int64_t blocks,
                 int64_t begin, int64_t end) {
@@ -64,7 +67,7 @@ void linear_cross_entropy(const LinearCrossEntropy& a, int dtype, int threads) {
   const int64_t work = chunk * a.vocabulary * a.size;
   threads = int(std::min<int64_t>(threads, work / kWorkPerThread + 1));
 
-  Workspace memory;
+  Workspace memory(kKeptBytes);
   const size_t turned = Workspace::padded(std::max(sizes.turned_weight, sizes.turned_dlogits));
   const auto hidden_rows = memory.plan(sizes.hidden_rows);
   const auto hidden_paired = memory.plan(a.dweight ? sizes.hidden_paired : 0);
