@@ -189,7 +189,7 @@ def test_the_sbatch_script_starts_launch_on_each_node(
     assert (here / "run" / "logs").is_dir()  # sbatch does not make it
 
     # Run it with stand-ins for Slurm's programs: this srun shows what node 1 would be told.
-    program(here / "bin", "scontrol", "printf 'node0\\nnode1\\n'")
+    program(here / "bin", "scontrol", "echo node0; sleep 0.2; echo node1")
     program(
         here / "bin",
         "srun",

@@ -297,7 +297,9 @@ def sbatch_script(job: Job, recipe: Recipe) -> str:
         *(f"#SBATCH --{directive}" for directive in directives),
         "",
         "set -euo pipefail",
-        'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+        # Not through head: what it hangs up on would die of that, and with pipefail so would we.
+        'nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")',
+        "head=${nodes%%$'\\n'*}",
         "port=$((20000 + SLURM_JOB_ID % 20000))",
         "",
         "# --cpu-bind=none: the processes of a node share all its cores.",
