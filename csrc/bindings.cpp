@@ -6,6 +6,8 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdlib>
+#include <cstring>
 
 #include "adafactor_step/adafactor_step_cpu.h"
 #include "attention/attention_cpu.h"
@@ -42,6 +44,18 @@ void set_isa(const std::string& name, bool emulated) {
   for (int level = 0; level <= int(best_isa()); ++level)
     if (name == kIsaNames[level]) return set_current_isa(Isa(level));
   throw py::value_error("set_isa: this machine has no instruction set level '" + name + "'");
+}
+
+// A misspelt GRADSMITH_ISA would be a measurement of another machine than the one that was meant.
+void refuse_unknown_isa() {
+  const char* const name = std::getenv("GRADSMITH_ISA");
+  if (!name) return;
+  std::string known;
+  for (const char* level : kIsaNames) {
+    if (!std::strcmp(name, level)) return;
+    known += std::string(known.empty() ? "" : ", ") + level;
+  }
+  throw py::import_error("GRADSMITH_ISA is '" + std::string(name) + "'; it may be one of " + known);
 }
 
 void rms_norm_forward_binding(uintptr_t x, int64_t x_stride, uintptr_t residual,
@@ -429,6 +443,7 @@ void rope_binding(const std::vector<std::tuple<View, uintptr_t, int64_t>>& tenso
 PYBIND11_MODULE(_native, m) {
   m.attr("__doc__") = "gradsmith's C++ kernels; called by the cpu backend of each op.";
 
+  refuse_unknown_isa();
   m.def("isa_levels", isa_levels, "Instruction set levels that this machine runs, best last.");
   m.def("isa", [] { return std::string(kIsaNames[int(current_isa())]); }, "The level in use.");
   m.def("set_isa", set_isa, py::arg("name"), py::arg("emulated") = false,

@@ -5,7 +5,8 @@ enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, k
 
 constexpr const char* kIsaNames[] = {"portable", "avx2", "avx512", "avx512bf16", "amx"};
 
-// The best level that this machine runs.
+// The best level that this machine runs, and GRADSMITH_ISA allows: with it set to a lower level the
+// library behaves as on a machine that has no more.
 Isa best_isa();
 
 // The level in use: the best one, unless a test has set a lower one.

@@ -47,6 +47,8 @@ def missing(backend: str) -> str | None:
         try:
             importlib.import_module("gradsmith_kernels._native")
         except ImportError as error:
+            if "GRADSMITH_ISA" in str(error):
+                return str(error)
             return f"the native module is not built ({error}): run pip install -e . with a compiler"
     elif backend == "triton":
         try:

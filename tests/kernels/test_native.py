@@ -1,6 +1,9 @@
 """The native module: instruction sets, rounding, threads."""
 
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +34,28 @@ def test_parity_on_every_instruction_set(spec, isa):
 def test_an_unknown_instruction_set_is_refused():
     with pytest.raises(ValueError, match="no instruction set level 'mmx'"):
         _native.set_isa("mmx")
+
+
+def with_held_isa(level, code):
+    command = [sys.executable, "-c", code]
+    return subprocess.run(
+        command, env=os.environ | {"GRADSMITH_ISA": level}, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize("level", _native.isa_levels())
+def test_the_environment_holds_the_level_down(level):
+    code = "from gradsmith_kernels import _native as n; print(n.isa(), *n.isa_levels())"
+    levels = _native.isa_levels()
+    expected = [level, *levels[: levels.index(level) + 1]]
+    assert with_held_isa(level, code).stdout.split() == expected
+
+
+def test_an_unknown_level_in_the_environment_is_refused():
+    code = "from gradsmith_kernels import backends; print(backends.missing('cpu'))"
+    done = with_held_isa("avx3", code)
+    levels = "portable, avx2, avx512, avx512bf16, amx"
+    assert done.stdout.strip() == f"GRADSMITH_ISA is 'avx3'; it may be one of {levels}"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
