@@ -93,13 +93,14 @@ void rms_norm_backward_binding(uintptr_t dy, int64_t dy_stride, uintptr_t dh, in
 // a and b: address, row stride, whether it is turned. shape: rows, columns, depth.
 void linear_product_binding(const std::tuple<uintptr_t, int64_t, bool>& a,
                             const std::tuple<uintptr_t, int64_t, bool>& b, uintptr_t bias,
-                            uintptr_t c, const std::array<int64_t, 3>& shape, int threads) {
+                            uintptr_t c, const std::array<int64_t, 3>& shape, int dtype,
+                            int threads) {
   const auto& [a_at, a_stride, a_turned] = a;
   const auto& [b_at, b_stride, b_turned] = b;
   const LinearProduct p{pointer(a_at), pointer(b_at), pointer(bias), pointer(c), a_stride,
                         b_stride,      shape[0],      shape[1],      shape[2],   a_turned,
                         b_turned};
-  linear_product(p, threads);
+  linear_product(p, dtype, threads);
 }
 
 // gate, up and dy: address and row stride. gradients: of gate and up, 0 for one that is not needed.

@@ -2,4 +2,4 @@
 
 const AttentionKernels attention_amx[3] = {kernels<FloatEngine, F32>(),
                                            kernels<TileEngine, BF16>(),
-                                           kernels<FloatEngine, F16>()};
+                                           kernels<WidenedEngine, F16>()};

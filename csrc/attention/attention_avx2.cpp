@@ -1,4 +1,4 @@
 #include "attention/attention_kernels.h"
 
 const AttentionKernels attention_avx2[3] = {
-    kernels<FloatEngine, F32>(), kernels<FloatEngine, BF16>(), kernels<FloatEngine, F16>()};
+    kernels<FloatEngine, F32>(), kernels<WidenedEngine, BF16>(), kernels<WidenedEngine, F16>()};

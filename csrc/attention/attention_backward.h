@@ -197,9 +197,9 @@ struct Backward {
       a.delta[at] = state.delta[i];
       if (a.lse[at] == -__builtin_inff()) continue;
       const double lse = (double(a.lse[at]) + (a.rest ? double(a.rest[at]) : 0)) * kLog2eDouble;
-      const double whole = Engine::kPair == 1 ? __builtin_rint(lse) : lse;
+      const double whole = Engine::kExact ? __builtin_rint(lse) : lse;
       state.whole[i] = float(whole);
-      state.fraction[i] = float(lse - whole);
+      state.fraction[i] = Engine::kExact ? float(lse - whole) : 0.0f;
     }
   }
 

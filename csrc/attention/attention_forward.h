@@ -239,7 +239,7 @@ struct Forward {
         const Vec before = sum[i];
         sum[i] += p;
         // What the addition lost: in float32 it would grow with the length of the sequence.
-        if (Engine::kPair == 1) lost[i] += p - (sum[i] - before);
+        if (Engine::kExact) lost[i] += p - (sum[i] - before);
         if (!kPlain && call.dropout.on)
           p *= call.dropout(j, call.range.query + first + i * kLanes);
         return p;

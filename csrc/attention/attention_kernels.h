@@ -193,7 +193,7 @@ inline void shape_scores(const Attention& a, float* scores, float* slope, int64_
 inline bool shaped(const Attention& a) { return a.softcap > 0 || a.scale <= 0; }
 
 // 2^(score * log2(e) - whole - fraction), with the scale in the factor where shape_scores has not
-// been there. In float32 `whole` is a whole number; for bfloat16 it is any, and fraction is 0.
+// been there. Of an exact engine `whole` is a whole number; else it is any, and fraction is 0.
 template <class Engine>
 struct Exponential {
   float high, low;  // the factor in two parts: in float32 the rounding of one would show
@@ -207,10 +207,7 @@ struct Exponential {
   // Without a sum of large numbers that would be rounded: the nearest whole number is taken off the
   // exponent first, and put back as a power.
   ALWAYS_INLINE Vec operator()(Vec score, Vec whole, Vec fraction) const {
-#if defined(__AVX512BF16__)
-    if constexpr (Engine::kPair == 2)
-      return coarse_power_of_two(fma(score, splat(high), -whole));
-#endif
+    if constexpr (!Engine::kExact) return coarse_power_of_two(fma(score, splat(high), -whole));
     const Vec n = round(fma(score, splat(high), -fraction));
     const Vec f = fma(score, splat(low), fma(score, splat(high), -n)) - fraction;
     return scale_by_power(power_of_two(f), n - whole);

@@ -15,7 +15,27 @@ inline Ints lane_numbers() {
   return lanes;
 }
 
-inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+// Like max: b where one of them is NaN.
+ALWAYS_INLINE inline Vec min(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return _mm512_min_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_min_ps(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+// b where one of them is NaN.
+ALWAYS_INLINE inline Vec max(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
 
 inline bool any_lane_differs(Vec v, float from) {
 #if defined(__AVX512F__)
@@ -57,8 +77,7 @@ ALWAYS_INLINE inline Vec scale_by_power(Vec v, Vec k) {
 #if defined(__AVX512F__)
   return _mm512_scalef_ps(v, k);
 #else
-  k = k < -127.0f ? splat(-127.0f) : k;
-  k = k > 128.0f ? splat(128.0f) : k;
+  k = min(splat(128.0f), max(splat(-127.0f), k));
   const Ints exponent = __builtin_convertvector(k, Ints) + 127;
   return v * reinterpret_cast<Vec>(exponent << 23);
 #endif
@@ -86,18 +105,28 @@ ALWAYS_INLINE inline Vec exponential(Vec x) {
   return scale_by_power(power_of_two(f), n);
 }
 
-#if defined(__AVX512F__)
-// 2^x for any x with a relative error of at most 2.6e-6 (2^-18.5: far below what bfloat16 keeps):
-// the minimax polynomial of degree 4 in x - floor(x). Six instructions.
+// 2^x for any x with a relative error of at most 2.6e-6 (2^-18.5: far below what 16 bits keep): the
+// minimax polynomial of degree 4 in what x is above a whole number (AVX-512: six instructions), or
+// away from the nearest one. A result below the normal numbers may be 0.
 ALWAYS_INLINE inline Vec coarse_power_of_two(Vec x) {
+#if defined(__AVX512F__)
   const Vec f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
   Vec p = fma(splat(0.013534167781472206f), f, splat(0.052011460065841675f));
   p = fma(p, f, splat(0.2414427548646927f));
   p = fma(p, f, splat(0.6930038332939148f));
   p = fma(p, f, splat(1.0000026226043701f));
   return _mm512_scalef_ps(p, x);  // p * 2^floor(x)
-}
+#else
+  x = min(splat(128.0f), max(splat(-127.0f), x));  // NaN stays NaN
+  const Vec n = round(x), f = x - n;
+  Vec p = fma(splat(0.009567738510668278f), f, splat(0.05591749772429466f));
+  p = fma(p, f, splat(0.24024811387062073f));
+  p = fma(p, f, splat(0.6931219100952148f));
+  p = fma(p, f, splat(0.9999992251396179f));
+  const Ints exponent = __builtin_convertvector(n, Ints) + 127;
+  return p * reinterpret_cast<Vec>(exponent << 23);
 #endif
+}
 
 // tanh to about one unit in the last place: Cephes' rational form below 0.625, where the other
 // loses digits, and 1 - 2 / (e^2|x| + 1) above.

@@ -17,6 +17,8 @@ namespace {
 
 #if defined(__AVX512F__)
 constexpr int kFloatDepth = 32;
+#elif defined(__AVX2__)
+constexpr int kFloatDepth = 32;
 #else
 constexpr int kFloatDepth = 16;
 #endif
@@ -27,6 +29,7 @@ struct FloatEngine {
   static constexpr int kDepthStep = 1;  // elements
   static constexpr int kRowStep = 1;
   static constexpr int kDepthMost = kFloatDepth;  // of one sum, in words
+  static constexpr bool kExact = true;  // what float32 loses shows: no 16 bits round it away
   static constexpr bool kTiles = false;
 
   ALWAYS_INLINE static Vec multiply_add(uint32_t word, Vec b, Vec c) {
@@ -39,6 +42,13 @@ struct FloatEngine {
   static void end() {}
 };
 
+// For 16-bit operands, widened as they are packed. What they were rounded by is far above what a
+// long sum rounds, so a piece is as long as B's columns stay in the L1 cache.
+struct WidenedEngine : FloatEngine {
+  static constexpr int kDepthMost = kLanes == 16 ? 128 : 256;
+  static constexpr bool kExact = false;
+};
+
 #if defined(__AVX512BF16__)
 struct Bf16Engine {
   using Element = uint16_t;
@@ -46,6 +56,7 @@ struct Bf16Engine {
   static constexpr int kDepthStep = 2;
   static constexpr int kRowStep = 1;
   static constexpr int kDepthMost = 128;
+  static constexpr bool kExact = false;
   static constexpr bool kTiles = false;
 
   ALWAYS_INLINE static Vec multiply_add(uint32_t word, Vec b, Vec c) {
@@ -70,6 +81,7 @@ struct TileEngine {
   static constexpr int kDepthStep = 32;
   static constexpr int kRowStep = 16;
   static constexpr int kDepthMost = 128;
+  static constexpr bool kExact = false;
   static constexpr bool kTiles = true;
 
   ALWAYS_INLINE static Vec multiply_add(Vec a, Vec b, Vec c) {
@@ -90,14 +102,6 @@ struct TileEngine {
 
 // ---- Products
 
-// Vector work to be done between the instructions of a tiled product, whose unit works by itself: a
-// callable that does a unit and says whether one was left. Other engines do not call it.
-struct NothingMeanwhile {
-  bool operator()() const { return false; }
-};
-
-enum Into { kSet, kAdd, kScaleAdd };  // C = AB;  C += AB;  C = C * scale[column] + AB
-
 // Registers: kRowsMost * kVecsMost sums, kVecsMost of B's row, one of A.
 #if defined(__AVX512F__)
 constexpr int kRowsMost = 6, kVecsMost = 4;
@@ -107,6 +111,20 @@ constexpr int kRowsMost = 6, kVecsMost = 2;
 constexpr int kRowsMost = 4, kVecsMost = 2;
 #endif
 
+// Columns of a packed B that stand together. With floats as many as a tile of sums has: of a wider
+// panel each tile would read a part of every row, and parts that lie far apart share the sets of
+// the L1 cache.
+template <class Engine>
+constexpr int64_t kPanel = Engine::kPair == 1 && kVecsMost * kLanes < 64 ? 16 : 64;
+
+// Vector work to be done between the instructions of a tiled product, whose unit works by itself: a
+// callable that does a unit and says whether one was left. Other engines do not call it.
+struct NothingMeanwhile {
+  bool operator()() const { return false; }
+};
+
+enum Into { kSet, kAdd, kScaleAdd };  // C = AB;  C += AB;  C = C * scale[column] + AB
+
 template <class Engine, Into kInto, int kRows, int kVecs>
 ALWAYS_INLINE inline void product_tile(int64_t depth, const uint32_t* a, int64_t lda,
                                        const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
@@ -114,6 +132,10 @@ ALWAYS_INLINE inline void product_tile(int64_t depth, const uint32_t* a, int64_t
   // A narrow tile leaves registers free: they take sums of their own, or each multiply-add would
   // wait for the one before.
   constexpr int kSums = kVecs * 2 > kVecsMost ? 1 : kVecsMost / kVecs;
+  if (kInto != kSet) {  // C is read last: it may be on its way from the L2 cache meanwhile
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) __builtin_prefetch(c + i * ldc);
+  }
   Vec sums[kSums][kRows][kVecs];
 #pragma GCC unroll 8
   for (int n = 0; n < kSums; ++n)
@@ -346,9 +368,9 @@ typedef __m512i Words;
 ALWAYS_INLINE inline void store_words(uint32_t* to, Words w) { _mm512_storeu_si512(to, w); }
 #else
 struct Words {
-  uint32_t word[16];
+  Vec part[16 / kLanes];
 };
-inline void store_words(uint32_t* to, const Words& w) { memcpy(to, &w, 64); }
+ALWAYS_INLINE inline void store_words(uint32_t* to, const Words& w) { memcpy(to, &w, 64); }
 #endif
 
 // Words along a row: 16 floats, or 32 bfloat16; `count` elements are there, the rest reads as zero.
@@ -364,9 +386,11 @@ ALWAYS_INLINE inline Words load_along(const typename X::T* row, int64_t count) {
   }
 #else
   Words words{};
-  for (int i = 0; i < 16 && i < count; i += kLanes) {
-    const Vec v = load<X>(row + i, count - i < kLanes ? count - i : kLanes);
-    memcpy(words.word + i, &v, sizeof v);
+  if (count >= 16) {
+    for (int i = 0; i < 16; i += kLanes) words.part[i / kLanes] = load<X>(row + i);
+  } else {
+    for (int i = 0; i < count; i += kLanes)
+      words.part[i / kLanes] = load<X>(row + i, count - i < kLanes ? count - i : kLanes);
   }
   return words;
 #endif
@@ -389,6 +413,32 @@ ALWAYS_INLINE inline Words load_across(const typename X::T* row, int64_t next, b
 #endif
   return load_along<Engine, X>(row, count);
 }
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// Eight registers as a square: lane j of r[i] becomes lane i of r[j].
+ALWAYS_INLINE inline void transpose_square(__m256 r[8]) {
+  __m256 t[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+    r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+    r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
+    t[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) r[i] = t[i];
+}
+#endif
 
 // Word j of w[i] becomes word i of w[j].
 inline void transpose(Words w[16]) {
@@ -420,17 +470,42 @@ inline void transpose(Words w[16]) {
     w[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
     w[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
   }
+#elif defined(__AVX2__)
+  const auto turned = [&](int i, int part, __m256 r[8]) ALWAYS_INLINE {
+#pragma GCC unroll 8
+    for (int n = 0; n < 8; ++n) r[n] = w[i + n].part[part];
+    transpose_square(r);
+  };
+  const auto put = [&](int i, int part, const __m256 r[8]) ALWAYS_INLINE {
+#pragma GCC unroll 8
+    for (int n = 0; n < 8; ++n) w[i + n].part[part] = r[n];
+  };
+  __m256 r[8], other[8];
+  turned(0, 0, r);
+  put(0, 0, r);
+  turned(8, 1, r);
+  put(8, 1, r);
+  turned(0, 1, r);
+  turned(8, 0, other);
+  put(8, 0, r);
+  put(0, 1, other);
 #else
+  uint32_t word[16][16];
+  memcpy(word, w, sizeof word);
   for (int i = 0; i < 16; ++i)
     for (int j = 0; j < i; ++j) {
-      const uint32_t word = w[i].word[j];
-      w[i].word[j] = w[j].word[i];
-      w[j].word[i] = word;
+      const uint32_t one = word[i][j];
+      word[i][j] = word[j][i];
+      word[j][i] = one;
     }
+  memcpy(w, word, sizeof word);
 #endif
 }
 
 constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// Rows far apart are new to the CPU's own prefetching: it would wait for each.
+ALWAYS_INLINE inline void fetch(const void* address) { __builtin_prefetch(address); }
 
 // Rows of x [rows][size], `stride` elements apart, as rows of words: to [padded_rows][depth words],
 // zeros where x ends.
@@ -476,6 +551,7 @@ void pack_paired(const typename X::T* x, int64_t stride, int64_t rows, int64_t s
     const int64_t i = p * Engine::kPair;
     for (int64_t j = 0; j < columns; j += 16) {
       const bool there = i < rows && j < size;
+      fetch(x + (i + 16 * Engine::kPair) * stride + j);
       store_words(to + j, there ? load_across<Engine, X>(x + i * stride + j, stride, i + 1 < rows,
                                                          size - j < 16 ? size - j : 16)
                                 : Words{});
@@ -493,6 +569,7 @@ void pack_paired_turned(const typename X::T* x, int64_t stride, int64_t rows, in
       for (int r = 0; r < 16; ++r) {
         const int64_t i = (p + r) * Engine::kPair;
         const bool there = i < rows && j < size;
+        fetch(x + (i + 16 * Engine::kPair) * stride + j);
         w[r] = there ? load_across<Engine, X>(x + i * stride + j, stride, i + 1 < rows,
                                               size - j < 16 ? size - j : 16)
                      : Words{};

@@ -13,9 +13,7 @@ constexpr bool kCoarse = sizeof(typename X::T) == 2;
 
 template <class X>
 ALWAYS_INLINE inline Vec power_of_e(Vec x) {
-#if defined(__AVX512F__)
   if constexpr (kCoarse<X>) return coarse_power_of_two(x * 1.4426950408889634f);
-#endif
   return exponential(x);
 }
 
@@ -103,9 +101,7 @@ struct GeluTanh {
   ALWAYS_INLINE static Vec power_of_minus_2u(Vec a, Vec square) {
     const Vec factor = fma(square, splat(-0.1029432395800235f), splat(-2.302208198144325f));
     const Vec exponent = a * factor;
-#if defined(__AVX512F__)
     if constexpr (kCoarse<X>) return coarse_power_of_two(exponent);
-#endif
     const Vec n = round(exponent), rest = fma(a, factor, -exponent);
     return scale_by_power(power_of_two((exponent - n) + rest), n);
   }

@@ -1,3 +1,5 @@
 #include "linear/linear_kernels.h"
 
-const LinearKernels linear_avx2 = LinearOf<FloatEngine>::table();
+const LinearKernels linear_avx2[3] = {
+    LinearOf<LongSums, F32>::table(), LinearOf<WidenedEngine, BF16>::table(),
+    LinearOf<WidenedEngine, F16>::table()};

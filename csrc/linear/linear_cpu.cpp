@@ -9,20 +9,20 @@
 
 namespace {
 
-const LinearKernels& kernels() {
+const LinearKernels& kernels(int dtype) {
 #if defined(__x86_64__)
-  return pick(linear_portable, linear_avx2, linear_avx512, linear_avx512bf16, linear_amx);
+  return pick(linear_portable, linear_avx2, linear_avx512, linear_avx512bf16, linear_amx)[dtype];
 #else
-  return linear_portable;
+  return linear_portable[dtype];
 #endif
 }
 
 }  // namespace
 
-void linear_product(const LinearProduct& p, int threads) {
-  const auto& table = kernels();
+void linear_product(const LinearProduct& p, int dtype, int threads) {
+  const auto& table = kernels(dtype);
   const auto sizes = table.sizes(p);
-  const int64_t panels = (p.columns + LinearProduct::kPanel - 1) / LinearProduct::kPanel;
+  constexpr int64_t packed_columns = LinearProduct::kPacked;
   // Blocks of equal length, some for each thread, so that the threads end together.
   const int64_t share = p.rows / (4 * int64_t(threads)) / 32 * 32;
   const int64_t block = std::clamp<int64_t>(share, 32, LinearProduct::kRows);
@@ -31,10 +31,14 @@ void linear_product(const LinearProduct& p, int threads) {
   const auto packed = memory.plan(sizes.packed);
   const auto rows = memory.plan(threads * sizes.rows), sums = memory.plan(threads * sizes.sums);
   memory.take();
-  parallel_tasks(threads, panels,
-                 [&](int64_t panel, int) { table.pack(p, panel, memory[packed]); });
-  parallel_tasks(threads, (p.rows + block - 1) / block, [&](int64_t task, int thread) {
-    table.multiply(p, task * block, std::min((task + 1) * block, p.rows), memory[packed],
+  parallel_tasks(
+      threads, (p.columns + packed_columns - 1) / packed_columns,
+      [&](int64_t task, int) { table.pack(p, task * packed_columns, memory[packed]); });
+  const int64_t blocks = (p.rows + block - 1) / block;
+  const int64_t groups = (p.columns + sizes.columns - 1) / sizes.columns;
+  parallel_tasks(threads, groups * blocks, [&](int64_t task, int thread) {
+    const int64_t row = task % blocks * block, column = task / blocks * sizes.columns;
+    table.multiply(p, row, std::min(row + block, p.rows), column, sizes.columns, memory[packed],
                    memory[rows] + thread * sizes.rows,
                    reinterpret_cast<float*>(memory[sums] + thread * sizes.sums));
   });

@@ -3,4 +3,4 @@
 
 #include "linear/linear.h"
 
-void linear_product(const LinearProduct& p, int threads);
+void linear_product(const LinearProduct& p, int dtype, int threads);

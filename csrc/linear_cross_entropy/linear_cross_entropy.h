@@ -31,16 +31,16 @@ struct LinearCrossEntropy {
 struct LinearCrossEntropyChunk {
   int64_t first, rows;
   void* hidden_rows;    // [padded rows][words]
-  void* hidden_paired;  // [panels][row words][kPanel]
+  void* hidden_paired;  // [panels][row words][columns of a panel]
   float* logits;
   float *top, *sum, *total;  // [blocks][rows]: maximum, sum of exp(z - maximum), sum of z
   float* target_logit;       // [rows]
   void* dlogits;             // [slots][padded rows][kVocabularyBlock]
-  void* weight_paired;       // [slots][panels][kVocabularyBlock / kPair words][kPanel]
+  void* weight_paired;       // [slots][panels][kVocabularyBlock / kPair words][ditto]
 };
 
 constexpr int64_t kVocabularyBlock = 256;
-constexpr int64_t kPanel = 64;          // columns of a packed operand that stand together
+constexpr int64_t kPackedColumns = 64;  // of an operand that are packed at a time
 constexpr int64_t kTokenBlock = 96;     // rows of a product whose operands stay in the cache
 constexpr int64_t kWeightBlock = 128;   // rows of dweight in one task
 

@@ -61,7 +61,7 @@ void linear_cross_entropy(const LinearCrossEntropy& a, int dtype, int threads) {
   const bool gradients = a.dhidden || a.dweight || a.dbias;
   const int64_t chunk = std::min(a.chunk, a.rows);
   const int64_t blocks = blocks_of(a.vocabulary, kVocabularyBlock);
-  const int64_t panels = blocks_of(a.size, kPanel);
+  const int64_t packed_parts = blocks_of(a.size, kPackedColumns);
   const auto sizes = table.sizes(chunk, a.size);
   const int64_t slots = std::clamp<int64_t>(kPackedBytes / sizes.weight_slot, 1, blocks);
   const int64_t work = chunk * a.vocabulary * a.size;
@@ -94,8 +94,8 @@ void linear_cross_entropy(const LinearCrossEntropy& a, int dtype, int threads) {
     c.weight_paired = memory[weight_paired];
     const int64_t block_floats = table.sizes(c.rows, a.size).logits_block / 4;
 
-    parallel_tasks(threads, a.dweight ? panels : 1, [&](int64_t panel, int) {
-      table.pack_hidden(a, c, panel, a.dweight != nullptr);
+    parallel_tasks(threads, a.dweight ? packed_parts : 1, [&](int64_t part, int) {
+      table.pack_hidden(a, c, part * kPackedColumns, a.dweight != nullptr);
     });
     parallel_tasks(threads, blocks, [&](int64_t block, int thread) {
       table.logits(a, c, block, c.logits + (gradients ? block : thread) * block_floats,

@@ -35,6 +35,7 @@ struct LinearCrossEntropyOf {
     using D = BF16;
   };
   using D = typename Narrow<Element>::D;
+  static constexpr int64_t kPanel = ::kPanel<Engine>;
   static constexpr int64_t kBlockWords = kVocabularyBlock / Engine::kPair;
 
   static int64_t words(int64_t elements) {
@@ -72,15 +73,15 @@ struct LinearCrossEntropyOf {
             4 * words(rows) * kWeightBlock};
   }
 
-  static void pack_hidden(const A& a, const C& c, int64_t panel, bool paired) {
+  static void pack_hidden(const A& a, const C& c, int64_t column, bool paired) {
     const T* const hidden = static_cast<const T*>(a.hidden) + c.first * a.hidden_stride;
-    if (panel == 0)
+    if (column == 0)
       pack_rows<Engine, X>(hidden, a.hidden_stride, c.rows, a.size, padded(c.rows), words(a.size),
                            words_at(c.hidden_rows, 0));
-    if (paired)
-      pack_paired<Engine, X>(hidden + panel * kPanel, a.hidden_stride, c.rows,
-                             a.size - panel * kPanel, words(c.rows), kPanel,
-                             words_at(c.hidden_paired, panel * words(c.rows) * kPanel));
+    if (!paired) return;
+    for (int64_t j = column; j < column + kPackedColumns && j < a.size; j += kPanel)
+      pack_paired<Engine, X>(hidden + j, a.hidden_stride, c.rows, a.size - j, words(c.rows), kPanel,
+                             words_at(c.hidden_paired, j * words(c.rows)));
   }
 
   static void logits(const A& a, const C& c, int64_t block, float* logits, void* turned_weight) {
@@ -226,7 +227,7 @@ struct LinearCrossEntropyOf {
         const uint32_t* const weight =
             words_at(c.weight_paired, (slot * panels(a.size) + panel) * kBlockWords * kPanel);
         float* const to = a.dhidden + (c.first + begin) * columns(a) + panel * kPanel;
-        if constexpr (Engine::kPair == 1) {
+        if constexpr (Engine::kExact) {
           // The sum over the vocabulary is long. A block is summed by itself first: a chain of the
           // product's short pieces would round more than torch's products do.
           alignas(64) float tile[kTokenBlock * kPanel];
@@ -281,7 +282,7 @@ template <class Bf16>
 constexpr LinearCrossEntropyTable table() {
   return {{LinearCrossEntropyOf<FloatEngine, F32>::table(),
            LinearCrossEntropyOf<Bf16, BF16>::table(),
-           LinearCrossEntropyOf<FloatEngine, F16>::table()},
+           LinearCrossEntropyOf<WidenedEngine, F16>::table()},
           scale};
 }
 

@@ -132,6 +132,7 @@ def linear_product(
     bias: int,
     c: int,
     shape: tuple[int, int, int],
+    dtype: int,
     threads: int,
     /,
 ) -> None: ...

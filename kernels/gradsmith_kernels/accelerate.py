@@ -76,7 +76,8 @@ def accelerate(
     - `rms_norm`, under Llama, Mistral, Qwen2, Qwen3, Gemma 2 and 3, Phi-3 and SmolLM3;
     - `rope`, in the attention of those and of ModernBERT;
     - `glu`, in the MLPs of all these and in DINOv2's with SwiGLU;
-    - `linear`, in every torch.nn.Linear in bfloat16 on a CPU with AMX, for the weight's gradient;
+    - `linear`, in every torch.nn.Linear: in 16 bits on an x86 CPU without AVX512_BF16, and in
+      bfloat16 on one with AMX, for the weight's gradient;
     - `linear_cross_entropy`, in the loss of those that are causal language models and of GPT-2, in
       training, when they are called with labels: their output then holds the loss and no logits.
 

@@ -54,15 +54,24 @@ def test_a_few_rows_are_torchs():
     assert torch.equal(linear(x, weight, bias, backend="cpu"), F.linear(x, weight, bias))
 
 
-def test_what_is_chosen():
-    ours = "cpu" if _native.isa() == "amx" else "reference"
-    assert dweight_backend("cpu", torch.bfloat16) == ours
-    assert dweight_backend("cpu", torch.float32) == "reference"
+@pytest.mark.parametrize("level", _native.isa_levels())
+def test_what_is_chosen(level):
+    before = _native.isa()
+    _native.set_isa(level)
+    try:
+        slow = level in ("portable", "avx2", "avx512")
+        for dtype in (torch.bfloat16, torch.float16):
+            assert OP.resolve(None, "cpu", dtype) == ("cpu" if slow else "reference")
+        ours = slow or level == "amx"
+        assert dweight_backend("cpu", torch.bfloat16) == ("cpu" if ours else "reference")
+        for dtype in (torch.float32, torch.float64):
+            assert OP.resolve(None, "cpu", dtype) == dweight_backend("cpu", dtype) == "reference"
+    finally:
+        _native.set_isa(before)
     assert dweight_backend("cuda", torch.bfloat16) == "reference"
-    for device in ("cpu", "cuda"):
-        assert OP.resolve(None, device, torch.bfloat16) == "reference"
-    with pytest.raises(backends.BackendError, match=r"not torch\.float32"):
-        OP.resolve("cpu", "cpu", torch.float32)
+    assert OP.resolve(None, "cuda", torch.bfloat16) == "reference"
+    with pytest.raises(backends.BackendError, match=r"not torch\.float64"):
+        OP.resolve("cpu", "cpu", torch.float64)
 
 
 @pytest.mark.parametrize("frozen", ["x", "weight", "bias"])

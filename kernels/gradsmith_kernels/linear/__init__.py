@@ -17,16 +17,17 @@ def linear(
 
         dx = dy weight,    dweight = dy^T x,    dbias = the sum of dy's rows
 
-    On CPUs with AMX the weight's gradient in bfloat16 is computed by csrc/linear, which packs each
-    operand once into what the tiles take. Everything else, and everything with few rows, is torch's
-    product, which runs near the rate of the machine (docs/log.md, "Linear").
+    What was measured to be faster computes (docs/log.md, "Linear"). On an x86 CPU without
+    AVX512_BF16 torch multiplies 16-bit numbers in a slow loop: there all three products are by
+    csrc/linear, which widens them as it packs them. On CPUs with AMX the weight's gradient in
+    bfloat16 is. Everything else, and everything with few rows, is torch's product.
 
     Args:
         x: (..., K), any floating dtype. Rows may have any stride.
         weight: (N, K), of x's dtype.
         bias: (N,), of x's dtype, or None.
-        backend: reference (torch's products) or cpu (all three by csrc/linear; bfloat16, any CPU);
-            None chooses as above.
+        backend: reference (torch's products) or cpu (all three by csrc/linear; float32,
+            bfloat16, float16); None chooses as above.
 
     Returns:
         y: (..., N), contiguous, of x's dtype. Sums are in float32 and rounded once; on

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from typing import Any
 
 import torch
@@ -13,30 +14,45 @@ from gradsmith_kernels.registration import register, without_second_derivative
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+# Where torch multiplies 16-bit numbers in a slow loop: its CPU code for them needs AVX512_BF16.
+SLOW_LEVELS = ("portable", "avx2", "avx512")
+
+
 class _LinearOp(Op):
-    """Where nobody asks for a backend, the products are torch's."""
+    """Where nobody asks for a backend, the products are those that were measured to be faster.
+
+    That is ours for 16 bits on SLOW_LEVELS (x86; docs/log.md has the rates), else torch's.
+    """
 
     def _default(self, device: str, dtype: torch.dtype) -> str:
-        return "reference"
+        slow = dtype in (torch.bfloat16, torch.float16) and _level(device) in SLOW_LEVELS
+        return "cpu" if slow else "reference"
 
 
 OP = _LinearOp(
     "linear",
     {
         "reference": Implementation(f"{__package__}.reference", FLOATS),
-        "cpu": Implementation(f"{__package__}.cpu", (torch.bfloat16,)),
+        "cpu": Implementation(f"{__package__}.cpu", FLOATS[:3]),
     },
 )
+
+
+def _level(device: str) -> str | None:
+    """The instruction set of the native module on an x86 CPU, else None."""
+    found = native() if device == "cpu" and platform.machine() in ("x86_64", "AMD64") else None
+    return None if found is None else found["isa"]
 
 
 def dweight_backend(device: str, dtype: torch.dtype) -> str:
     """The backend of the weight's gradient where nobody asks for one.
 
-    Ours on AMX: there torch's runs at a third of the rate of its own forward product. Its other
-    products have no such gap, and need not be packed for.
+    As for the other products; and ours in bfloat16 on AMX, where torch's is slower than its own
+    forward product. Its other products have no such gap, and need not be packed for.
     """
-    found = native() if device == "cpu" and dtype == torch.bfloat16 else None
-    return "cpu" if found is not None and found["isa"] == "amx" else "reference"
+    if dtype == torch.bfloat16 and _level(device) == "amx":
+        return "cpu"
+    return OP.resolve(None, device, dtype)
 
 
 torch.library.define(
