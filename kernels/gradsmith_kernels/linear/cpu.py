@@ -9,12 +9,12 @@ from gradsmith_kernels import _native
 from gradsmith_kernels.linear import reference
 from gradsmith_kernels.native import DTYPE_CODES, as_rows
 
+
 # With fewer, packing the weight costs more than the product; of 16 rows on, torch's slow loop
 # costs more than both.
 def _too_few(rows: int, dtype: torch.dtype) -> bool:
     slow = dtype != torch.float32 and _native.isa() == "avx2"
     return rows < (16 if slow else 64)
-
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
