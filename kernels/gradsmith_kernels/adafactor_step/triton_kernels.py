@@ -361,7 +361,7 @@ class Plan:
         self._made_for: list[tuple[int, torch.dtype]] = []
 
     def step(
-        self, grads: Sequence[Tensor], options: Options, scale: float, zero_grads: bool
+        self, grads: list[Tensor], options: Options, scale: float, zero_grads: bool
     ) -> None:
         with self._contiguous.step(grads, zero_grads) as used:
             made_for = [(g.data_ptr(), g.dtype) for g in used]
