@@ -1,4 +1,7 @@
 from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
 
 def isa_levels() -> list[str]: ...
 def isa() -> str: ...

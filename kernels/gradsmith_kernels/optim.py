@@ -79,7 +79,7 @@ class AdamW(FusedOptimizer):
         TypeError: there is no such argument.
     """
 
-    state_names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    state_names: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
     of_torch: ClassVar[Mapping[str, tuple[Any, ...]]] = {**OF_TORCH, "capturable": (False,)}
 
     def __init__(

@@ -76,6 +76,7 @@ def check(rule: Rule, tensors: Tensors, grads: Sequence[Tensor]) -> None:
 def _check_one(rule: Rule, tensors: Tensors, i: int, p: Tensor, g: Tensor) -> None:
     float64 = p.dtype == torch.float64
     allowed = (torch.float64,) if float64 else DTYPES
+    state_dtypes: tuple[torch.dtype, ...]
     state_dtypes = (torch.float64,) if float64 else (torch.float32, torch.bfloat16, torch.uint8)
     if rule.name == "lamb":
         state_dtypes = state_dtypes[:1]
