@@ -24,9 +24,10 @@ Decay: decoupled, x is first multiplied by 1 - lr * weight_decay; else g grows b
 towards 0 by lr * l1 and stops there.
 
 Sources: Kingma and Ba 2015 (arXiv:1412.6980), Loshchilov and Hutter 2019 (1711.05101), Reddi et al.
-2018 (AMSGrad, 1904.09237), Chen et al. 2023 (Lion, 2302.06675), Sutskever et al. 2013 (Nesterov as torch.optim.SGD has it), Duchi et al.
-2011, Defazio et al. 2024 (schedule-free, 2405.15682), You et al. 2020 (LAMB, 1904.00962), Jordan et
-al. 2024 (Muon, kellerjordan.github.io/posts/muon, with the buffer of torch.optim.Muon).
+2018 (AMSGrad, 1904.09237), Chen et al. 2023 (Lion, 2302.06675), Sutskever et al. 2013 (Nesterov as
+torch.optim.SGD has it), Duchi et al. 2011, Defazio et al. 2024 (schedule-free, 2405.15682), You et
+al. 2020 (LAMB, 1904.00962), Jordan et al. 2024 (Muon, kellerjordan.github.io/posts/muon, with the
+buffer of torch.optim.Muon).
 """
 
 from __future__ import annotations
