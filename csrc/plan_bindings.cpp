@@ -1,5 +1,5 @@
-// What optimizers call: plans of steps that are taken again and again, and the watch over the tensors
-// in them. Thousands of small tensors must not cost thousands of Python calls a step, so torch's
+// What optimizers call: plans of steps that are taken again and again, and the watch over their
+// tensors. Thousands of small tensors must not cost thousands of Python calls a step, so torch's
 // tensors are read here, through DLPack's table (common/dlpack.h).
 #include "plan_bindings.h"
 

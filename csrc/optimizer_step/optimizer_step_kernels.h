@@ -149,7 +149,8 @@ struct Adagrad {
 };
 
 // x is the point where the gradient is taken, the state z the one that plain steps lead to.
-// c: weight of z in the average, share of v (see `average`), eps, decay, learning rate, 1 / sqrt(bias correction 2).
+// c: weight of z in the average, share of v (see `average`), eps, decay, learning rate,
+// 1 / sqrt(bias correction 2).
 // The step of x is (1 - beta1 (1 - c0)) lr; `beta1` comes in c[6], as this rule has no L2 decay.
 struct ScheduleFree {
   static constexpr int kStates = 2;
