@@ -129,10 +129,13 @@ def store_state(
 
 
 @triton.jit
-def average(old, value, share):
-    """beta * old + (1 - beta) * value; `share` as rules._share has it."""
-    base = tl.where(share.to(tl.int32, bitcast=True) < 0, value, old)
-    return base + (value - old) * share
+def average(old, value, share, SMALL: tl.constexpr):
+    """beta * old + (1 - beta) * value; `share` as rules._share has it, and whether one is of a
+    small beta. The choice costs registers, so the usual kernel does not have it."""
+    if SMALL:
+        base = tl.where(share.to(tl.int32, bitcast=True) < 0, value, old)
+        return base + (value - old) * share
+    return old + (value - old) * share
 
 
 @triton.jit
@@ -145,7 +148,8 @@ def update(
     p_ptr, g_ptr, s1_ptr, s2_ptr, s3_ptr, a1_ptr, a2_ptr, master_ptr, remainder_ptr,
     c0, c1, c2, c3, c4, c5, c6, c7, signed_map, unsigned_map, key, at, mask, scale,
     RULE: tl.constexpr, STATES: tl.constexpr, STATE: tl.constexpr, MASTER: tl.constexpr,
-    REMAINDER: tl.constexpr, RANDOM: tl.constexpr, ZERO_GRADS: tl.constexpr, BLOCK: tl.constexpr,
+    REMAINDER: tl.constexpr, RANDOM: tl.constexpr, ZERO_GRADS: tl.constexpr, SMALL: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     g = tl.load(g_ptr + at, mask).to(tl.float32) * scale
     if MASTER:
@@ -164,22 +168,22 @@ def update(
         g += c6 * x
     sums = 0.0, 0.0
     if RULE == 0:  # adam
-        s1 = average(s1, g, c0)
-        s2 = average(s2, g * g, c1)
+        s1 = average(s1, g, c0, SMALL)
+        s2 = average(s2, g * g, c1, SMALL)
         if STATE == tl.uint8:  # noqa: SIM300 - the exact root and quotient are calls, which spill
             x = x - c3 * x - c4 * (s1 / (tl.sqrt(s2) * c5 + c2))
         else:
             x = x - c3 * x - c4 * tl.div_rn(s1, tl.sqrt_rn(s2) * c5 + c2)
     elif RULE == 9:  # amsgrad
-        s1 = average(s1, g, c0)
-        s2 = average(s2, g * g, c1)
+        s1 = average(s1, g, c0, SMALL)
+        s2 = average(s2, g * g, c1, SMALL)
         most = tl.load(s3_ptr + at, mask).to(tl.float32)
         most = tl.where(most > s2, most, s2)
         tl.store(s3_ptr + at, most.to(STATE), mask)
         x = x - c3 * x - c4 * tl.div_rn(s1, tl.sqrt_rn(most) * c5 + c2)
     elif RULE == 1:  # lion
-        direction = average(s1, g, c0)
-        s1 = average(s1, g, c1)
+        direction = average(s1, g, c0, SMALL)
+        s1 = average(s1, g, c1, SMALL)
         sign = tl.where(direction > 0, 1.0, tl.where(direction < 0, -1.0, 0.0))
         x = x - c3 * x - c4 * sign
     elif RULE == 2:  # sgd
@@ -191,13 +195,13 @@ def update(
         s1 += g * g
         x = x - c3 * x - c4 * tl.div_rn(g, tl.sqrt_rn(s1) + c2)
     elif RULE == 5:  # schedule_free
-        s2 = average(s2, g * g, c1)
+        s2 = average(s2, g * g, c1, SMALL)
         direction = c3 * x + tl.div_rn(g, tl.sqrt_rn(s2) * c5 + c2)
         x = x + c0 * (s1 - x) - c4 * (1 - c6 * (1 - c0)) * direction
         s1 -= c4 * direction
     elif RULE == 6:  # lamb: moments and norms
-        s1 = average(s1, g, c0)
-        s2 = average(s2, g * g, c1)
+        s1 = average(s1, g, c0, SMALL)
+        s2 = average(s2, g * g, c1, SMALL)
         direction = lamb_direction(x, s1, s2, c2, c3, c5, c7)
         weight = x
         if mask is not None:
@@ -205,7 +209,7 @@ def update(
             direction = tl.where(mask, direction, 0.0)
         sums = tl.sum(weight * weight), tl.sum(direction * direction)
     elif RULE == 8:  # direction
-        s1 = average(s1, g, c0)
+        s1 = average(s1, g, c0, SMALL)
         x = c2 * g + c5 * s1
     else:  # lamb: the weights
         x = x - c4 * lamb_direction(x, s1, s2, c2, c3, c5, c7)
@@ -252,6 +256,7 @@ def step_kernel(
     REMAINDER: tl.constexpr,
     RANDOM: tl.constexpr,
     ZERO_GRADS: tl.constexpr,
+    SMALL: tl.constexpr,
     ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -299,7 +304,7 @@ def step_kernel(
             p_ptr, g_ptr, s1_ptr, s2_ptr, s3_ptr, a1_ptr, a2_ptr, master_ptr, remainder_ptr,
             c0, c1, c2, c3, c4, c5, c6, c7, signed_map, unsigned_map, key,
             lanes + start, None, scale,
-            RULE, STATES, STATE, MASTER, REMAINDER, RANDOM, ZERO_GRADS, BLOCK,
+            RULE, STATES, STATE, MASTER, REMAINDER, RANDOM, ZERO_GRADS, SMALL, BLOCK,
         )  # fmt: skip
         weights += one
         updates += other
@@ -309,7 +314,7 @@ def step_kernel(
             p_ptr, g_ptr, s1_ptr, s2_ptr, s3_ptr, a1_ptr, a2_ptr, master_ptr, remainder_ptr,
             c0, c1, c2, c3, c4, c5, c6, c7, signed_map, unsigned_map, key,
             at, at < first + count, scale,
-            RULE, STATES, STATE, MASTER, REMAINDER, RANDOM, ZERO_GRADS, BLOCK,
+            RULE, STATES, STATE, MASTER, REMAINDER, RANDOM, ZERO_GRADS, SMALL, BLOCK,
         )  # fmt: skip
         weights += one
         updates += other
@@ -461,6 +466,7 @@ class Plan:
             REMAINDER=bool(self._tensors.compensations),
             RANDOM=random,
             ZERO_GRADS=zero_grads,
+            SMALL=any(math.copysign(1, c) < 0 for row in coefficients for c in row[:2]),
             ALIGNED=launch.aligned,
             CHUNK=CHUNK,
             BLOCK=WIDE_BLOCK if self._state == torch.bfloat16 else BLOCK,
@@ -534,6 +540,7 @@ def compile_cases() -> list[CompileCase]:
     for name, rule, states, param, grad, state, master, random in kinds:
         constants = {"RULE": rule, "STATES": states, "PARAM": param, "GRAD": grad, "STATE": state}
         constants |= {"MASTER": master, "REMAINDER": False, "RANDOM": random, "ZERO_GRADS": True}
+        constants["SMALL"] = False
         constants |= shape | {"BLOCK": WIDE_BLOCK if state == bf16 else BLOCK}
         launches: list[tuple[int, tuple[str, ...] | None]] = [(NUM_WARPS, None)]
         if state == u8:  # with four warps they spill on NVIDIA; on AMD a warp is twice as wide
