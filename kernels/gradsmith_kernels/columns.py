@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsmith_kernels import _native
-
 
 @dataclass(frozen=True)
 class Columns:
@@ -69,6 +67,8 @@ class Contiguous:
 
 def contiguous(tensors: list[Tensor]) -> list[Tensor]:
     """The tensors, copied where they are not contiguous; the same list if all are."""
+    from gradsmith_kernels import _native  # not above: `backends` says why it may be missing
+
     if _native.all_contiguous(tensors):
         return tensors
     return [tensor.contiguous() for tensor in tensors]

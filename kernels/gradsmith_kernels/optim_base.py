@@ -9,18 +9,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import Any, ClassVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from gradsmith_kernels import _native
 from gradsmith_kernels.optim_sharded import Cut, add_up, cut_of, is_dtensor, local, local_gradient
 from gradsmith_kernels.optimizer_step.op import OP
 from gradsmith_kernels.optimizer_step.rules import RULES
 from gradsmith_kernels.optimizer_step.tensors import STATE_BLOCK, Tensors, check
+
+if TYPE_CHECKING:
+    from gradsmith_kernels._native import Layouts
 
 WEIGHTS = ("rounded", "master", "kahan")
 _SIXTEEN_BIT = (torch.bfloat16, torch.float16)
@@ -56,8 +58,8 @@ class _Cache:
     params: list[Tensor]
     rules: list[str]
     sharded: bool  # some parameters are DTensors
-    layouts: _native.Layouts  # of parameters and states
-    grads: _native.Layouts
+    layouts: Layouts  # of parameters and states
+    grads: Layouts
     present: list[bool]
 
 
@@ -268,7 +270,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 return self._cache.batches
             for batch in cache.batches:
                 batch.check(_chosen(grads, batch.indices))
-            cache.grads = _native.Layouts(grads)
+            cache.grads = _layouts(grads)
         for batch in cache.batches:
             batch.grads = _chosen(grads, batch.indices)
         return cache.batches
@@ -310,8 +312,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             params,
             list(map(self._rule, self.param_groups)),
             sharded,
-            _native.Layouts(self._watched(params, sharded)),
-            _native.Layouts(grads),
+            _layouts(self._watched(params, sharded)),
+            _layouts(grads),
             [g is not None for g in grads],
         )
 
@@ -475,6 +477,12 @@ def _same(one: Sequence[Any], other: Sequence[Any]) -> bool:
 
 def _chosen(grads: Sequence[Tensor | None], indices: Sequence[int]) -> list[Tensor]:
     return [grads[i] for i in indices]  # type: ignore[misc]  # those of a batch are there
+
+
+def _layouts(objects: list[Any]) -> Layouts:
+    from gradsmith_kernels import _native  # not above: `backends` says why it may be missing
+
+    return _native.Layouts(objects)
 
 
 def zeros_like(p: Tensor, dtype: torch.dtype) -> Tensor:
