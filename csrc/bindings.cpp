@@ -9,7 +9,6 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "adafactor_step/adafactor_step_cpu.h"
 #include "attention/attention_cpu.h"
 #include "common/column_sums.h"
 #include "common/cpu.h"
@@ -18,7 +17,7 @@
 #include "layer_norm/layer_norm_cpu.h"
 #include "linear/linear_cpu.h"
 #include "linear_cross_entropy/linear_cross_entropy_cpu.h"
-#include "optimizer_step/optimizer_step_cpu.h"
+#include "plan_bindings.h"
 #include "rms_norm/rms_norm_cpu.h"
 #include "rope/rope_cpu.h"
 
@@ -206,140 +205,6 @@ void scale_rows_binding(uintptr_t x, int64_t stride, int64_t rows, int64_t cols,
   scale_rows(pointer<float>(x), stride, rows, cols, factor, pointer(y), dtype, threads);
 }
 
-// param, state1, state2, absmax1, absmax2, master, compensation, address of the float that counts
-// its steps, numel, param dtype, state dtype, number of its stream of random bits.
-using StepRow = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t,
-                           uintptr_t, uintptr_t, int64_t, int, int, uint32_t>;
-
-// What stays the same from one step to the next, kept so that thousands of small tensors do not
-// cost thousands of Python calls a step.
-template <class Tensor>
-class Plan {
- public:
-  void set_grads(const std::vector<uintptr_t>& addresses) {
-    check(addresses.size());
-    for (size_t i = 0; i < tensors_.size(); ++i) tensors_[i].grad = pointer(addresses[i]);
-  }
-
-  void set_grad_dtypes(const std::vector<int>& dtypes) {
-    check(dtypes.size());
-    for (size_t i = 0; i < tensors_.size(); ++i) tensors_[i].grad_dtype = dtypes[i];
-  }
-
-  // Raises the step counts by one and returns the distinct ones.
-  std::vector<float> count() {
-    std::vector<float> counts;
-    places_.clear();
-    for (float* step : steps_) {
-      *step += 1;
-      auto found = std::find(counts.begin(), counts.end(), *step);
-      if (found == counts.end()) found = counts.insert(counts.end(), *step);
-      places_.push_back(int(found - counts.begin()));
-    }
-    return counts;
-  }
-
-  // Each tensor's place among the distinct step counts.
-  std::vector<int> places() const { return places_; }
-
- protected:
-  void check(size_t count) const {
-    if (count != tensors_.size()) throw py::value_error("Plan: not as many as tensors");
-  }
-  std::vector<Tensor> tensors_;
-  std::vector<float*> steps_;
-  std::vector<int> places_;
-};
-
-class StepPlan : public Plan<StepTensor> {
- public:
-  explicit StepPlan(const std::vector<StepRow>& rows) {
-    for (const auto& [param, state1, state2, absmax1, absmax2, master, compensation, step, numel,
-                      param_dtype, state_dtype, stream] : rows) {
-      tensors_.push_back({pointer(param), nullptr, pointer(state1), pointer(state2),
-                          pointer<float>(absmax1), pointer<float>(absmax2), pointer<float>(master),
-                          pointer<uint16_t>(compensation), numel, param_dtype, 0, state_dtype, 0,
-                          {}});
-      steps_.push_back(pointer<float>(step));
-      streams_.push_back(stream);
-    }
-  }
-
-  // coefficients: a set of eight with a seed for each distinct step, or for each tensor. Returns
-  // the sums of squares of the weights and updates (Lamb's norms only).
-  std::vector<std::pair<double, double>> run(
-      int rule, const std::vector<std::pair<std::array<float, 8>, uint32_t>>& coefficients,
-      bool for_each, float scale, bool zero_grad, bool stochastic, int threads) {
-    if (for_each) check(coefficients.size());
-    if (rule < 0 || rule >= kRules) throw py::value_error("StepPlan: no such rule");
-    for (size_t i = 0; i < tensors_.size(); ++i) {
-      const auto& [values, seed] = coefficients.at(for_each ? i : size_t(places_[i]));
-      std::copy(values.begin(), values.end(), tensors_[i].c);
-      tensors_[i].key = (seed ^ (streams_[i] * 0x9e3779b9u)) * 0x85ebca6bu;
-    }
-    std::vector<StepSums> sums;
-    {
-      py::gil_scoped_release no_gil;
-      optimizer_step(Rule(rule), tensors_, {scale, zero_grad, stochastic}, sums, threads);
-    }
-    std::vector<std::pair<double, double>> pairs;
-    for (const auto& sum : sums) pairs.emplace_back(sum.weight, sum.update);
-    return pairs;
-  }
-
- private:
-  std::vector<uint32_t> streams_;
-};
-
-// param, row_var or variance, col_var or 0, master, compensation, address of the float that counts
-// its steps; matrices, rows, columns; param dtype.
-using FactorRow = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t,
-                             int64_t, int64_t, int64_t, int>;
-
-class AdafactorPlan : public Plan<FactorTensor> {
- public:
-  explicit AdafactorPlan(const std::vector<FactorRow>& rows) {
-    for (const auto& [param, row_var, col_var, master, compensation, step, matrices, count, cols,
-                      param_dtype] : rows) {
-      FactorTensor t{};
-      t.param = pointer(param);
-      t.row_var = pointer<float>(row_var);
-      t.col_var = pointer<float>(col_var);
-      t.master = pointer<float>(master);
-      t.compensation = pointer<uint16_t>(compensation);
-      t.matrices = matrices;
-      t.rows = count;
-      t.cols = cols;
-      t.param_dtype = param_dtype;
-      tensors_.push_back(t);
-      steps_.push_back(pointer<float>(step));
-    }
-  }
-
-  // coefficients: a set of seven for each distinct step, in the order of FactorTensor.
-  void run(const std::vector<std::array<double, 7>>& coefficients, float scale, bool zero_grad,
-           int threads) {
-    for (size_t i = 0; i < tensors_.size(); ++i) {
-      FactorTensor& t = tensors_[i];
-      const auto& c = coefficients.at(size_t(places_[i]));
-      std::tie(t.new_share, t.rate, t.eps1, t.eps2, t.clip, t.decay, t.threshold) =
-          std::tuple_cat(c);
-    }
-    py::gil_scoped_release no_gil;
-    adafactor_step(tensors_, {scale, zero_grad}, threads);
-  }
-};
-
-std::pair<double, int64_t> squared_norm_binding(const std::vector<uintptr_t>& addresses,
-                                                const std::vector<int64_t>& numels,
-                                                const std::vector<int>& dtypes, int threads) {
-  std::vector<NormTensor> tensors;
-  for (size_t i = 0; i < addresses.size(); ++i)
-    tensors.push_back({pointer(addresses[i]), numels.at(i), dtypes.at(i)});
-  py::gil_scoped_release no_gil;
-  return squared_norm(tensors, threads);
-}
-
 // Address, and strides of batch, row and head.
 using View = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
 
@@ -466,18 +331,5 @@ PYBIND11_MODULE(_native, m) {
   m.def("rope", rope_binding, no_gil);
   m.def("scale_rows", scale_rows_binding, no_gil);
 
-  py::class_<StepPlan>(m, "StepPlan", "Tensors that an optimizer steps together.")
-      .def(py::init<const std::vector<StepRow>&>())
-      .def("set_grads", &StepPlan::set_grads)
-      .def("set_grad_dtypes", &StepPlan::set_grad_dtypes)
-      .def("count", &StepPlan::count)
-      .def("places", &StepPlan::places)
-      .def("run", &StepPlan::run);
-  m.def("squared_norm", squared_norm_binding);
-  py::class_<AdafactorPlan>(m, "AdafactorPlan", "Tensors that Adafactor steps together.")
-      .def(py::init<const std::vector<FactorRow>&>())
-      .def("set_grads", &AdafactorPlan::set_grads)
-      .def("set_grad_dtypes", &AdafactorPlan::set_grad_dtypes)
-      .def("count", &AdafactorPlan::count)
-      .def("run", &AdafactorPlan::run);
+  bind_plans(m);
 }

@@ -18,16 +18,16 @@ template <bool kSigned>
 struct Code {
   // By the exponent of the count's float, modulo 8: value = first + width * (mantissa - 1).
   float first[8], width[8];
-  // The count, times 2^16, as a broken line through all codes' values: in the stretch that begins
-  // at `corner` it is x * rise + base. Stretches lie in a decade or between two.
-  float corner[16], rise[16], base[16];
-  // By octave from 2^-31 to 1, which is the exponent modulo 32: the stretch at its beginning, and
-  // the corners in it, of which there are at most two.
-  int32_t octave_stretch[32];
-  float octave_corner[2][32];
+  // The count, times 2^16, as a broken line through all codes' values, from 0 to the last decade's
+  // last value: each stretch, which lies in a decade or between two, is less steep than the one
+  // before, so the line is the least of its stretches' lines. Within a factor of 16 it has at most
+  // three. By the floats' bits from `from` on, shifted by kShift, modulo 8: those lines,
+  // x * rise + base. The stretch to 1 is steeper again: there the count is the greater one.
+  static constexpr int kShift = 25;  // four octaves
+  int32_t from;
+  float rise[3][8], base[3][8], last_rise, last_base;
 
-  constexpr Code()
-      : first(), width(), corner(), rise(), base(), octave_stretch(), octave_corner() {
+  constexpr Code() : first(), width(), from(), rise(), base(), last_rise(), last_base() {
     constexpr double tens[] = {1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0};
     for (int i = 0; i < 7; ++i) {
       const int exponent = kSigned ? i : i + 1;
@@ -35,27 +35,41 @@ struct Code {
       width[(exponent + 7) % 8] = float(tens[i] * 0.9);
     }
     if (kSigned) first[6] = 1;  // a count of 128
-    double from = 0, from_count = 0;
+
+    double corner[16]{}, steep[15]{}, start[15]{}, count = 0;
     for (int i = 0; i < 15; ++i) {  // up to a decade's first value, then to its last one; then to 1
       const double ten = i < 14 ? tens[i / 2] : 0, cells = 1 << (kSigned ? i / 2 : i / 2 + 1);
       const double inset = ten * 0.45 / cells;
       const bool last_value = i % 2;
-      const double to = i == 14 ? 1 : last_value ? ten - inset : 0.1 * ten + inset;
+      corner[i + 1] = i == 14 ? 1 : last_value ? ten - inset : 0.1 * ten + inset;
       const double to_count = (last_value ? 2 * cells - 1 : cells) - (kSigned ? 0 : 1);
-      const double steepness = to > from ? (to_count - from_count) / (to - from) : 0;
-      corner[i] = float(from);
-      rise[i] = float(0x1p16 * steepness);
-      base[i] = float(0x1p16 * (from_count - from * steepness));
-      from = to;
-      from_count = to_count;
+      if (corner[i + 1] > corner[i]) steep[i] = (to_count - count) / (corner[i + 1] - corner[i]);
+      start[i] = count - corner[i] * steep[i];
+      count = to_count;
     }
-    double low = 0x1p-31;
-    for (int octave = 0; octave < 32; ++octave, low *= 2) {  // exponents 96 to 127, biased
+    last_rise = float(0x1p16 * steep[14]);
+    last_base = float(0x1p16 * start[14]);
+    // Bounds that are powers of 16 apart, one of them the third decade's first value, have at most
+    // three stretches between two of them.
+    double upper = corner[5];
+    while (upper < 1) upper *= 16;
+    int32_t bits = 127 << 23;  // of `upper`, which is in [1, 16)
+    double power = 1;
+    for (; power * 2 <= upper; power *= 2) bits += 1 << 23;
+    bits += int32_t((upper / power - 1) * 0x1p23);
+    from = bits & ((1 << kShift) - 1);
+    for (int group = (bits - from) >> kShift; upper > 0x1p-29; upper /= 16) {
+      const double lower = upper / 16;
+      --group;  // of values from `lower` on
       int met = 0;
-      octave_corner[0][octave] = octave_corner[1][octave] = 2;
-      for (int i = 1; i < 15; ++i) {
-        if (corner[i] < low) octave_stretch[octave] = i;
-        if (corner[i] >= low && corner[i] < 2 * low) octave_corner[met++][octave] = corner[i];
+      for (int i = 0; i < 14; ++i) {
+        if (steep[i] == 0 || corner[i] >= upper * (1 - 1e-6) ||
+            corner[i + 1] <= lower * (1 + 1e-6))
+          continue;
+        for (int rest = met++; rest < 3; ++rest) {
+          rise[rest][group % 8] = float(0x1p16 * steep[i]);
+          base[rest][group % 8] = float(0x1p16 * start[i]);
+        }
       }
     }
   }
@@ -74,16 +88,6 @@ inline Vec lookup8(const float* table, Ints index) {
   Vec out;
   for (int i = 0; i < kLanes; ++i) out[i] = table[index[i] & 7];
   return out;
-#endif
-}
-
-// table[index], index < 16.
-inline Vec lookup16(const float* table, Ints index) {
-#if defined(__AVX512F__)
-  return _mm512_permutexvar_ps((__m512i)index, _mm512_loadu_ps(table));
-#else
-  const Vec low = lookup8(table, index), high = lookup8(table + 8, index);
-  return index < 8 ? low : high;
 #endif
 }
 
@@ -156,28 +160,8 @@ struct Decoder {
   }
 };
 
-// The stretch of the broken line that x lies in.
-template <bool kSigned>
-ALWAYS_INLINE inline Ints stretch_of(Vec x) {
-  const Code<kSigned>& code = kCode<kSigned>;
-#if defined(__AVX512F__)
-  const __m512 held = _mm512_max_ps(x, _mm512_set1_ps(0x1p-31f));
-  const __m512i octave = _mm512_srli_epi32((__m512i)held, 23), one = _mm512_set1_epi32(1);
-  __m512i stretch = _mm512_permutex2var_epi32(_mm512_loadu_si512(code.octave_stretch), octave,
-                                              _mm512_loadu_si512(code.octave_stretch + 16));
-  for (const auto& corners : code.octave_corner) {
-    const __m512 corner = _mm512_permutex2var_ps(_mm512_loadu_ps(corners), octave,
-                                                 _mm512_loadu_ps(corners + 16));
-    const __mmask16 beyond = _mm512_cmp_ps_mask(x, corner, _CMP_GE_OQ);
-    stretch = _mm512_mask_add_epi32(stretch, beyond, stretch, one);
-  }
-  return (Ints)stretch;
-#else
-  Ints stretch{};
-  for (int i = 1; i < 15; ++i) stretch -= (Ints)(x >= code.corner[i]);
-  return stretch;
-#endif
-}
+inline Vec least(Vec a, Vec b) { return a < b ? a : b; }
+inline Vec greatest(Vec a, Vec b) { return a > b ? a : b; }
 
 // Codes of values in units of a scale. The place of a value among the codes is a fixed-point number
 // with 16 bits below the point; `lift`, from 0 to 2^16 - 1, is added before they are cut off: half
@@ -190,8 +174,11 @@ struct Encoder {
   ALWAYS_INLINE Ints operator()(Vec v, Bits lift) const {
     const Code<kSigned>& code = kCode<kSigned>;
     const Vec x = (kSigned ? magnitude(v) : v) * inverse;
-    const Ints stretch = stretch_of<kSigned>(x);
-    const Vec place = fma(x, lookup16(code.rise, stretch), lookup16(code.base, stretch));
+    const Ints group = ((Ints)greatest(x, splat(0x1p-30f)) - code.from) >> code.kShift;
+    Vec place = fma(x, lookup8(code.rise[0], group), lookup8(code.base[0], group));
+    place = least(place, fma(x, lookup8(code.rise[1], group), lookup8(code.base[1], group)));
+    place = least(place, fma(x, lookup8(code.rise[2], group), lookup8(code.base[2], group)));
+    place = greatest(place, fma(x, splat(code.last_rise), splat(code.last_base)));
     const Ints count = (Ints)(((Bits)nearest_integer(place) + lift) >> 16);
     if (!kSigned) return count;
     // -1 has no code: the most negative value is that of code 0, as in bitsandbytes.

@@ -16,7 +16,8 @@ enum Rule : int {
   kLambNorms = 6,  // moments, and the sums that the trust ratio is made of
   kLambApply = 7,
   kDirection = 8,
-  kRules = 9
+  kAmsgrad = 9,
+  kRules = 10
 };
 
 constexpr int kUInt8 = 3;           // a state's dtype beside those of common/dtype.h
@@ -27,6 +28,7 @@ struct StepTensor {
   void* grad;              // dtype grad_dtype
   void* state1;            // dtype state_dtype, or null
   void* state2;            // likewise
+  void* state3;            // likewise; never of 8 bits
   float* absmax1;          // 8-bit states: a scale for each block
   float* absmax2;
   float* master;           // float32 weights behind a 16-bit param, or null

@@ -52,23 +52,59 @@ struct Coefficients {
         c5(splat(c[5])), c6(splat(c[6])), c7(splat(c[7])) {}
 };
 
-// c: 1 - beta1, 1 - beta2, eps, decoupled decay, step size, 1 / sqrt(bias correction 2)
+// Where `share` has its sign bit set, b, else a.
+ALWAYS_INLINE inline Vec base_of(Vec share, Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return _mm512_mask_blend_ps(_mm512_movepi32_mask((__m512i)share), a, b);
+#elif defined(__AVX2__)
+  return _mm256_blendv_ps(a, b, share);
+#else
+  return (Ints)share < 0 ? b : a;
+#endif
+}
+
+// beta * average + (1 - beta) * value. `share` is 1 - beta where beta is above a half, else -beta
+// (-0 too), and the sum then starts from the value: neither side is lost to the other's rounding.
+ALWAYS_INLINE inline Vec average(Vec average, Vec value, Vec share) {
+  return fma(value - average, share, base_of(share, average, value));
+}
+
+// The same with the value's square.
+ALWAYS_INLINE inline Vec average_square(Vec average, Vec value, Vec share) {
+  return fma(fma(value, value, -average), share, base_of(share, average, value * value));
+}
+
+// c: shares of m and v (see `average`), eps, decoupled decay, step size,
+// 1 / sqrt(bias correction 2)
 struct Adam {
   static constexpr int kStates = 2;
   ALWAYS_INLINE static void update(const Coefficients& c, Vec& x, Vec g, Vec& m, Vec& v) {
-    m = fma(g - m, c.c0, m);
-    v = fma(fma(g, g, -v), c.c1, v);
+    m = average(m, g, c.c0);
+    v = average_square(v, g, c.c1);
     const Vec denominator = fma(square_root(v), c.c5, c.c2);
     x = fma(-c.c4, m / denominator, fma(-c.c3, x, x));
   }
 };
 
-// c: 1 - beta1, 1 - beta2, -, decoupled decay, learning rate
+// c: as Adam
+struct Amsgrad {
+  static constexpr int kStates = 3;
+  ALWAYS_INLINE static void update(const Coefficients& c, Vec& x, Vec g, Vec& m, Vec& v,
+                                   Vec& most) {
+    m = average(m, g, c.c0);
+    v = average_square(v, g, c.c1);
+    most = most > v ? most : v;  // NaN wins, as in torch
+    const Vec denominator = fma(square_root(most), c.c5, c.c2);
+    x = fma(-c.c4, m / denominator, fma(-c.c3, x, x));
+  }
+};
+
+// c: shares of the direction and of m (see `average`), -, decoupled decay, learning rate
 struct Lion {
   static constexpr int kStates = 1;
   ALWAYS_INLINE static void update(const Coefficients& c, Vec& x, Vec g, Vec& m, Vec&) {
-    const Vec direction = fma(g - m, c.c0, m);
-    m = fma(g - m, c.c1, m);
+    const Vec direction = average(m, g, c.c0);
+    m = average(m, g, c.c1);
     x = fma(-c.c3, x, x);
     // lr with the direction's sign; 0 for a direction of 0
     const Vec signed_rate = (Vec)((Bits)c.c4 ^ ((Bits)direction & 0x80000000u));
@@ -94,11 +130,11 @@ struct Momentum {
   }
 };
 
-// c: 1 - momentum, -, weight of g, -, -, weight of the momentum
+// c: share of m (see `average`), -, weight of g, -, -, weight of the momentum
 struct Direction {
   static constexpr int kStates = 1;
   ALWAYS_INLINE static void update(const Coefficients& c, Vec& x, Vec g, Vec& m, Vec&) {
-    m = fma(g - m, c.c0, m);
+    m = average(m, g, c.c0);
     x = fma(c.c5, m, c.c2 * g);
   }
 };
@@ -113,12 +149,13 @@ struct Adagrad {
 };
 
 // x is the point where the gradient is taken, the state z the one that plain steps lead to.
-// c: weight of z in the average, 1 - beta2, eps, decay, learning rate, 1 / sqrt(bias correction 2).
+// c: weight of z in the average, share of v (see `average`), eps, decay, learning rate,
+// 1 / sqrt(bias correction 2).
 // The step of x is (1 - beta1 (1 - c0)) lr; `beta1` comes in c[6], as this rule has no L2 decay.
 struct ScheduleFree {
   static constexpr int kStates = 2;
   ALWAYS_INLINE static void update(const Coefficients& c, Vec& x, Vec g, Vec& z, Vec& v) {
-    v = fma(fma(g, g, -v), c.c1, v);
+    v = average_square(v, g, c.c1);
     const Vec direction = fma(c.c3, x, g / fma(square_root(v), c.c5, c.c2));
     const Vec share = 1.0f - c.c6 * (1.0f - c.c0);
     x = fma(-c.c4 * share, direction, fma(c.c0, z - x, x));
@@ -126,8 +163,8 @@ struct ScheduleFree {
   }
 };
 
-// c: 1 - beta1, 1 - beta2, eps, decay, learning rate * trust ratio, 1 / sqrt(bias correction 2),
-// L2 decay, 1 / (1 - beta1^t)
+// c: shares of m and v (see `average`), eps, decay, learning rate * trust ratio,
+// 1 / sqrt(bias correction 2), L2 decay, 1 / (1 - beta1^t)
 ALWAYS_INLINE inline Vec lamb_direction(const Coefficients& c, Vec x, Vec m, Vec v) {
   return fma(c.c3, x, m * c.c7 / fma(square_root(v), c.c5, c.c2));
 }
@@ -135,8 +172,8 @@ ALWAYS_INLINE inline Vec lamb_direction(const Coefficients& c, Vec x, Vec m, Vec
 struct LambNorms {
   static constexpr int kStates = 2;
   ALWAYS_INLINE static void update(const Coefficients& c, Vec&, Vec g, Vec& m, Vec& v) {
-    m = fma(g - m, c.c0, m);
-    v = fma(fma(g, g, -v), c.c1, v);
+    m = average(m, g, c.c0);
+    v = average_square(v, g, c.c1);
   }
 };
 
@@ -267,7 +304,7 @@ ALWAYS_INLINE inline void sweep(const StepTensor& t, const StepOptions& a, int64
   const int param_dtype = kKnown ? kWeight : t.param_dtype;
   const int grad_dtype = kKnown ? kWeight : t.grad_dtype;
   const int state_dtype = kKnown ? kState : t.state_dtype;
-  const bool eight_bit = Rule::kStates > 0 && state_dtype == kUInt8;
+  const bool eight_bit = Rule::kStates % 3 > 0 && state_dtype == kUInt8;
   const bool stochastic = !kAllFloat32 && a.stochastic && state_dtype != kFloat32;
   float buffer1[kStateBlock], buffer2[kStateBlock];
   Accumulator weights, updates;
@@ -293,16 +330,21 @@ ALWAYS_INLINE inline void sweep(const StepTensor& t, const StepOptions& a, int64
         x = load_any(t.param, param_dtype, j, n);
         if (!kKnown && t.compensation) x += load<BF16>(t.compensation + j, n);
       }
-      Vec s1{}, s2{};
+      Vec s1{}, s2{}, s3{};
       if (eight_bit) {
         s1 = load<F32>(buffer1 + at, n);
         if (Rule::kStates == 2) s2 = load<F32>(buffer2 + at, n);
       } else {
         if (Rule::kStates >= 1) s1 = load_any(t.state1, state_dtype, j, n);
-        if (Rule::kStates == 2) s2 = load_any(t.state2, state_dtype, j, n);
+        if (Rule::kStates >= 2) s2 = load_any(t.state2, state_dtype, j, n);
+        if (Rule::kStates == 3) s3 = load_any(t.state3, state_dtype, j, n);
       }
       if (!same<Rule, ScheduleFree>) g = fma(c.c6, x, g);
-      Rule::update(c, x, g, s1, s2);
+      if constexpr (Rule::kStates == 3) {
+        Rule::update(c, x, g, s1, s2, s3);
+      } else {
+        Rule::update(c, x, g, s1, s2);
+      }
       if (!is_lamb<Rule> && t.c[7] != 0) x = shrink(x, c.c7);
       if (same<Rule, LambNorms>) {
         const int slot = int(at / kLanes) % (kWide / kLanes);
@@ -332,7 +374,9 @@ ALWAYS_INLINE inline void sweep(const StepTensor& t, const StepOptions& a, int64
           s2 = round_randomly(s2, random >> 16);
         }
         if (Rule::kStates >= 1) store_any(t.state1, state_dtype, j, s1, n);
-        if (Rule::kStates == 2) store_any(t.state2, state_dtype, j, s2, n);
+        if (Rule::kStates >= 2) store_any(t.state2, state_dtype, j, s2, n);
+        // The largest so far adds nothing up, so nothing is lost by rounding it to nearest.
+        if (Rule::kStates == 3) store_any(t.state3, state_dtype, j, s3, n);
       }
     });
     if (a.zero_grad && !same<Rule, LambNorms>) {
@@ -363,7 +407,7 @@ void step(const StepTensor& t, const StepOptions& a, int64_t begin, int64_t end,
   };
   if (all(kFloat32, kFloat32))
     sweep<Rule, Dtypes::kFloat32>(t, a, begin, end, sums);
-  else if (all(kFloat32, kUInt8))
+  else if (Rule::kStates < 3 && all(kFloat32, kUInt8))
     sweep<Rule, Dtypes::kFloat32With8BitStates>(t, a, begin, end, sums);
   else if (all(kBFloat16, kBFloat16))
     sweep<Rule, Dtypes::kBFloat16>(t, a, begin, end, sums);
@@ -373,7 +417,7 @@ void step(const StepTensor& t, const StepOptions& a, int64_t begin, int64_t end,
 
 constexpr StepKernels kStepKernels = {
     {step<Adam>, step<Lion>, step<Sgd>, step<Momentum>, step<Adagrad>, step<ScheduleFree>,
-     step<LambNorms>, step<LambApply>, step<Direction>},
+     step<LambNorms>, step<LambApply>, step<Direction>, step<Amsgrad>},
     squared_sum};
 
 }  // namespace

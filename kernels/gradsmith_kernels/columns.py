@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -44,7 +46,7 @@ class Contiguous:
         return [self._copy_of.get(id(tensor), tensor) for tensor in self._columns.column(name)]
 
     @contextmanager
-    def step(self, grads: Sequence[Tensor], zero_grads: bool) -> Iterator[Sequence[Tensor]]:
+    def step(self, grads: list[Tensor], zero_grads: bool) -> Iterator[list[Tensor]]:
         """Gives a step contiguous gradients; copies are filled before it and written back after.
 
         Args:
@@ -63,11 +65,23 @@ class Contiguous:
                     grad.zero_()
 
 
-def contiguous(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The tensors, copied where they are not contiguous; the same sequence if all are."""
-    if all(map(Tensor.is_contiguous, tensors)):
+def contiguous(tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors, copied where they are not contiguous; the same list if all are."""
+    from gradsmith_kernels import _native  # not above: `backends` says why it may be missing
+
+    if _native.all_contiguous(tensors):
         return tensors
     return [tensor.contiguous() for tensor in tensors]
+
+
+def check_step(what: str, t: Any) -> None:
+    """
+    Raises:
+        TypeError: a count of steps is not what a step can raise by one.
+    """
+    if not (isinstance(t, Tensor) and t.dtype == torch.float32 and t.numel() == 1 and t.is_cpu):
+        found = f"{t.dtype} {tuple(t.shape)} on {t.device}" if isinstance(t, Tensor) else repr(t)
+        raise TypeError(f"{what}: its step is {found}; it must be one float32 element on the CPU")
 
 
 def address_of(tensor: Tensor | None) -> int:

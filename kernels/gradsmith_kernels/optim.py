@@ -8,14 +8,14 @@ Formulas and sources: `gradsmith_kernels.optimizer_step.rules`; of Adafactor,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from gradsmith_kernels.optim_adafactor import Adafactor
-from gradsmith_kernels.optim_base import FusedOptimizer, check_ranges
+from gradsmith_kernels.optim_base import OF_TORCH, FusedOptimizer, check_ranges
 from gradsmith_kernels.optim_muon import Muon, Partition, Piece
 from gradsmith_kernels.optimizer_step.quantize import decode, dynamic_map, encode
 from gradsmith_kernels.optimizer_step.tensors import STATE_BLOCK
@@ -66,15 +66,21 @@ class AdamW(FusedOptimizer):
         betas: decay of the first and second moment, each in [0, 1).
         eps: added to the denominator; >= 0.
         weight_decay: decay, multiplied by lr; >= 0.
+        amsgrad: divide by the root of the largest second moment so far (12 bytes of state a weight
+            instead of 8).
+        maximize: step along the gradient.
         decoupled: decay the weights themselves; False adds weight_decay * x to the gradient.
         l1: proximal L1 penalty, multiplied by lr; >= 0.
-        options: see `FusedOptimizer`.
+        options: see `FusedOptimizer`; torch's foreach, fused, capturable=False and
+            differentiable=False are taken and change nothing.
 
     Raises:
-        ValueError: an argument is outside its range, or a loaded state dict sets amsgrad/maximize.
+        ValueError: an argument is outside its range.
+        TypeError: there is no such argument.
     """
 
-    state_names = ("exp_avg", "exp_avg_sq")
+    state_names: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    of_torch: ClassVar[Mapping[str, tuple[Any, ...]]] = {**OF_TORCH, "capturable": (False,)}
 
     def __init__(
         self,
@@ -83,23 +89,26 @@ class AdamW(FusedOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        amsgrad: bool = False,
         *,
+        maximize: bool = False,
         decoupled: bool = True,
         l1: float = 0.0,
         **options: Any,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults | {"decoupled": decoupled, "l1": l1}, **options)
+        defaults |= {"amsgrad": amsgrad, "maximize": maximize, "decoupled": decoupled, "l1": l1}
+        super().__init__(params, defaults, **options)
 
     def _rule(self, group: Mapping[str, Any]) -> str:
-        return "adam"
+        return "amsgrad" if group["amsgrad"] else "adam"
 
     def _options(self, group: Mapping[str, Any]) -> dict[str, float]:
         return _common(group) | _betas(group) | {"eps": group["eps"]}
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         name = type(self).__name__
-        check_ranges(name, group, ("lr", "eps", "weight_decay", "l1"), ("amsgrad", "maximize"))
+        check_ranges(name, group, ("lr", "eps", "weight_decay", "l1"), ())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of this class or of its counterpart in torch."""
@@ -116,6 +125,11 @@ class AdamW(FusedOptimizer):
 class Adam(AdamW):
     """Adam, for `torch.optim.Adam`: AdamW whose weight_decay is 0 and not decoupled by default."""
 
+    of_torch: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **AdamW.of_torch,
+        "decoupled_weight_decay": (False,),  # ours is `decoupled`
+    }
+
     def __init__(
         self,
         params: ParamsT,
@@ -123,13 +137,13 @@ class Adam(AdamW):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        amsgrad: bool = False,
         *,
         decoupled: bool = False,
-        l1: float = 0.0,
         **options: Any,
     ) -> None:
         super().__init__(
-            params, lr, betas, eps, weight_decay, decoupled=decoupled, l1=l1, **options
+            params, lr, betas, eps, weight_decay, amsgrad, decoupled=decoupled, **options
         )
 
 
@@ -143,7 +157,7 @@ class AdamW8bit(AdamW):
     Args:
         min_8bit_size: parameters with fewer elements keep float32 moments.
         stochastic_rounding: False rounds to nearest.
-        others: as in `AdamW`; there is no state_dtype.
+        others: as in `AdamW`; there is no state_dtype and no amsgrad.
     """
 
     state_names = ("state1", "state2")
@@ -155,24 +169,24 @@ class AdamW8bit(AdamW):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        amsgrad: bool = False,
         *,
         min_8bit_size: int = 4096,
-        decoupled: bool = True,
-        l1: float = 0.0,
         **options: Any,
     ) -> None:
         self.min_8bit_size = min_8bit_size
         super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            decoupled=decoupled,
-            l1=l1,
-            state_dtype=torch.uint8,
-            **options,
+            params, lr, betas, eps, weight_decay, amsgrad, state_dtype=torch.uint8, **options
         )
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        super()._check_group(group)
+        check_ranges("AdamW8bit", group, (), ("amsgrad",))
+
+    def _needs_whole(self, p: Tensor, group: Mapping[str, Any]) -> str:
+        if self._state_dtype(p) != torch.uint8:
+            return ""
+        return "a scale of its 8-bit states belongs to 256 elements of the whole"
 
     @staticmethod
     def _state_dtypes() -> tuple[torch.dtype, ...]:
@@ -265,7 +279,7 @@ class SGD(FusedOptimizer):
     """Stochastic gradient descent with momentum, for `torch.optim.SGD`.
 
     Args:
-        lr, momentum, dampening, weight_decay, nesterov: as in torch.
+        lr, momentum, dampening, weight_decay, nesterov, maximize: as in torch.
         decoupled: decay the weights themselves; False (as torch) adds to the gradient.
         l1: proximal L1 penalty, multiplied by lr.
         options: see `FusedOptimizer`.
@@ -274,6 +288,7 @@ class SGD(FusedOptimizer):
     """
 
     state_names = ("momentum_buffer",)
+    of_torch = OF_TORCH
 
     def __init__(
         self,
@@ -284,12 +299,13 @@ class SGD(FusedOptimizer):
         weight_decay: float = 0.0,
         nesterov: bool = False,
         *,
+        maximize: bool = False,
         decoupled: bool = False,
         l1: float = 0.0,
         **options: Any,
     ) -> None:
         defaults = {"lr": lr, "momentum": momentum, "dampening": dampening}
-        defaults |= {"weight_decay": weight_decay, "nesterov": nesterov}
+        defaults |= {"weight_decay": weight_decay, "nesterov": nesterov, "maximize": maximize}
         super().__init__(params, defaults | {"decoupled": decoupled, "l1": l1}, **options)
 
     def _rule(self, group: Mapping[str, Any]) -> str:
@@ -302,7 +318,7 @@ class SGD(FusedOptimizer):
         return _common(group) | {name: float(group[name]) for name in names}
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
-        check_ranges("SGD", group, ("lr", "momentum", "weight_decay", "l1"), ("maximize",))
+        check_ranges("SGD", group, ("lr", "momentum", "weight_decay", "l1"), ())
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError("SGD: nesterov needs momentum > 0 and dampening 0")
 
@@ -311,11 +327,12 @@ class Adagrad(FusedOptimizer):
     """Adagrad, for `torch.optim.Adagrad` (states `step`, `sum`).
 
     Args:
-        lr, lr_decay, weight_decay, initial_accumulator_value, eps: as in torch.
+        lr, lr_decay, weight_decay, initial_accumulator_value, eps, maximize: as in torch.
         decoupled, l1, options: as in `SGD`.
     """
 
     state_names = ("sum",)
+    of_torch = OF_TORCH
 
     def __init__(
         self,
@@ -326,12 +343,13 @@ class Adagrad(FusedOptimizer):
         initial_accumulator_value: float = 0.0,
         eps: float = 1e-10,
         *,
+        maximize: bool = False,
         decoupled: bool = False,
         l1: float = 0.0,
         **options: Any,
     ) -> None:
         defaults = {"lr": lr, "lr_decay": lr_decay, "weight_decay": weight_decay, "eps": eps}
-        defaults["initial_accumulator_value"] = initial_accumulator_value
+        defaults |= {"initial_accumulator_value": initial_accumulator_value, "maximize": maximize}
         super().__init__(params, defaults | {"decoupled": decoupled, "l1": l1}, **options)
 
     def _rule(self, group: Mapping[str, Any]) -> str:
@@ -342,7 +360,7 @@ class Adagrad(FusedOptimizer):
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         ranges = ("lr", "lr_decay", "weight_decay", "initial_accumulator_value", "eps", "l1")
-        check_ranges("Adagrad", group, ranges, ("maximize",))
+        check_ranges("Adagrad", group, ranges, ())
 
     def _init_state(self, p: Tensor, state: dict[str, Any], group: Mapping[str, Any]) -> None:
         super()._init_state(p, state, group)
@@ -379,6 +397,9 @@ class LAMB(FusedOptimizer):
 
     def _rule(self, group: Mapping[str, Any]) -> str:
         return "lamb"
+
+    def _needs_whole(self, p: Tensor, group: Mapping[str, Any]) -> str:
+        return "a step needs the norms of the whole"
 
     def _options(self, group: Mapping[str, Any]) -> dict[str, float]:
         own = {name: float(group[name]) for name in ("lr", "weight_decay", "eps")}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 
 from gradsmith_kernels.adafactor_step.op import OP
 from gradsmith_kernels.adafactor_step.tensors import Options, Tensors, check, factor_shapes
-from gradsmith_kernels.optim_base import FusedOptimizer, check_ranges, column
+from gradsmith_kernels.optim_base import OF_TORCH, FusedOptimizer, check_ranges, column
 
 
 class Adafactor(FusedOptimizer):
@@ -34,11 +34,14 @@ class Adafactor(FusedOptimizer):
         d: the root mean square of a tensor's update is at most this; >= 1.
         weight_decay: decoupled decay, multiplied by lr; >= 0.
         l1: proximal L1 penalty, multiplied by lr; >= 0.
+        maximize: step along the gradient.
         options: see `FusedOptimizer`; `state_dtype` is float32 here.
 
     Raises:
-        ValueError: an argument is outside its range, or a loaded state dict sets maximize.
+        ValueError: an argument is outside its range.
     """
+
+    of_torch: ClassVar[Mapping[str, tuple[Any, ...]]] = {"foreach": OF_TORCH["foreach"]}
 
     def __init__(
         self,
@@ -50,11 +53,11 @@ class Adafactor(FusedOptimizer):
         weight_decay: float = 0.0,
         *,
         l1: float = 0.0,
+        maximize: bool = False,
         **options: Any,
     ) -> None:
         defaults = {"lr": lr, "beta2_decay": beta2_decay, "eps": eps, "d": d}
-        defaults |= {"weight_decay": weight_decay, "l1": l1}
-        defaults["maximize"] = False  # torch's, given our state dict, asks for it
+        defaults |= {"weight_decay": weight_decay, "l1": l1, "maximize": maximize}
         super().__init__(params, defaults, **options)
 
     @staticmethod
@@ -62,7 +65,7 @@ class Adafactor(FusedOptimizer):
         return (torch.float32,)
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
-        check_ranges("Adafactor", group, ("lr", "weight_decay", "l1"), ("maximize",))
+        check_ranges("Adafactor", group, ("lr", "weight_decay", "l1"), ())
         if not group["beta2_decay"] <= 0:
             raise ValueError(
                 f"Adafactor: beta2_decay is {group['beta2_decay']}; it must be a number <= 0"
@@ -74,6 +77,12 @@ class Adafactor(FusedOptimizer):
             )
         if not group["d"] >= 1:
             raise ValueError(f"Adafactor: d is {group['d']}; it must be a number >= 1")
+
+    def _rule(self, group: Mapping[str, Any]) -> str:
+        return "adafactor"
+
+    def _needs_whole(self, p: Tensor, group: Mapping[str, Any]) -> str:
+        return "a step needs the means of its rows and columns"
 
     def _init_moments(self, p: Tensor, state: dict[str, Any], group: Mapping[str, Any]) -> None:
         names = ("row_var", "col_var") if p.ndim >= 2 else ("variance",)

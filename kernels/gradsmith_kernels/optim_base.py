@@ -9,20 +9,27 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import Any, ClassVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from gradsmith_kernels.optim_sharded import Cut, add_up, cut_of, is_dtensor, local, local_gradient
 from gradsmith_kernels.optimizer_step.op import OP
 from gradsmith_kernels.optimizer_step.rules import RULES
 from gradsmith_kernels.optimizer_step.tensors import STATE_BLOCK, Tensors, check
 
+if TYPE_CHECKING:
+    from gradsmith_kernels._native import Layouts
+
 WEIGHTS = ("rounded", "master", "kahan")
 _SIXTEEN_BIT = (torch.bfloat16, torch.float16)
-_address = Tensor.data_ptr
+_EITHER = (None, True, False)
+# Arguments of torch's optimizers that choose between implementations of one result, or that say
+# what ours do anyway, and the values that are taken here.
+OF_TORCH = {"foreach": _EITHER, "fused": _EITHER, "differentiable": (False,)}
 
 
 @dataclass
@@ -31,23 +38,29 @@ class _Batch:
 
     group: int
     indices: list[int]  # among all parameters of the optimizer
-    check: Callable[[Sequence[Tensor]], None]  # of gradients that are not the last ones
+    params: list[Tensor]
+    cut: Cut | None
+    check: Callable[[Sequence[Tensor]], None]  # of gradients that look other than the last ones
     plan: Any
-    norm: Callable[[Sequence[Tensor]], tuple[float, int]]
-    grads: list[Tensor]  # as they were last checked
+    norm: Callable[[list[Tensor]], tuple[float, int]]
+    grads: list[Tensor]  # this step's
 
 
 @dataclass
 class _Cache:
-    """The batches, and what they were made of: anything that has changed makes them anew."""
+    """The batches, and what they were made of: anything that has changed makes them anew.
+
+    The layouts are compared at every step, so no address is stepped of which it is not known that
+    the tensor is there and has the sizes and strides that were checked (`.data` may be assigned).
+    """
 
     batches: list[_Batch]
     params: list[Tensor]
+    rules: list[str]
+    sharded: bool  # some parameters are DTensors
+    layouts: Layouts  # of parameters and states
+    grads: Layouts
     present: list[bool]
-    states: list[dict[str, Any]]
-    values: list[Any]
-    tensors: list[Tensor]
-    addresses: list[int]
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -70,6 +83,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     """
 
     state_names: ClassVar[tuple[str, ...]] = ()  # of the rule with the most
+    of_torch: ClassVar[Mapping[str, tuple[Any, ...]]] = {}  # arguments that change nothing
     counted: ClassVar[tuple[str, ...]] = ()  # entries of a group that steps change
     _step_supports_amp_scaling = True  # GradScaler then sets grad_scale and found_inf
 
@@ -86,8 +100,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         stochastic_rounding: bool = True,
         seed: int = 0,
         backend: str | None = None,
+        **of_torch: Any,
     ) -> None:
         name = type(self).__name__
+        for option, value in of_torch.items():
+            if option not in self.of_torch:
+                raise TypeError(f"{name}: there is no argument {option!r}")
+            if not any(value is allowed for allowed in self.of_torch[option]):
+                allowed = " or ".join(map(str, self.of_torch[option]))
+                raise ValueError(f"{name}: {option} is {value!r}; it must be {allowed}")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"{name}: max_grad_norm is {max_grad_norm}; it must be > 0 or None")
         if weights not in WEIGHTS:
@@ -111,6 +132,11 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _options(self, group: Mapping[str, Any]) -> dict[str, float]:
         """The rule's options for this step."""
         raise NotImplementedError
+
+    def _needs_whole(self, p: Tensor, group: Mapping[str, Any]) -> str:
+        """Why a step of this parameter takes more than its elements one by one; "" if it does
+        not."""
+        return ""
 
     def _state_names(self, group: Mapping[str, Any]) -> tuple[str, ...]:
         """The names of the rule's states."""
@@ -137,6 +163,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
+    @torch._disable_dynamo  # torch.compile breaks its graph here; torch does it lazily, as here
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step. Parameters without a gradient are left as they are.
@@ -145,7 +172,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             closure: reevaluates the model and returns the loss, which is then returned.
 
         Raises:
-            TypeError: a parameter or gradient is sparse, complex or of another dtype.
+            TypeError: a parameter or gradient is sparse, complex or of another dtype; or it is a
+                DTensor that is cut into shards, and this optimizer needs whole ones.
+            ValueError: a gradient or state has another shape than its parameter.
         """
         loss = None
         if closure is not None:
@@ -162,7 +191,13 @@ class FusedOptimizer(torch.optim.Optimizer):
                 self.zero_grad(set_to_none=False)
             return loss
         for batch in batches:
-            self._advance(batch.plan, batch.grads, self.param_groups[batch.group], scale)
+            group = self.param_groups[batch.group]
+            sign = -1 if group.get("maximize") else 1
+            self._advance(batch.plan, batch.grads, group, sign * scale)
+            # Autograd then refuses to go back through a graph that has seen the old weights.
+            torch.autograd.graph.increment_version(batch.params)
+            if self.zero_grads:
+                torch.autograd.graph.increment_version(batch.grads)
         self._after_step()
         return loss
 
@@ -184,12 +219,14 @@ class FusedOptimizer(torch.optim.Optimizer):
             scale = 1 / float(grad_scale)
         if self.max_grad_norm is None:
             return scale
-        squares, bad = 0.0, None
+        parts: dict[Cut | None, float] = {}
+        bad = None
         for batch in batches:
             part, index = batch.norm(batch.grads)
-            squares += part
+            parts[batch.cut] = parts.get(batch.cut, 0.0) + part
             if bad is None and index >= 0:
                 bad = batch.indices[index]
+        squares = add_up(parts)
         if self.process_group is not None:
             total = torch.tensor(squares, dtype=torch.float64, device=self._norm_device())
             dist.all_reduce(total, group=self.process_group)
@@ -222,73 +259,77 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _batches(self) -> list[_Batch]:
         params = [p for group in self.param_groups for p in group["params"]]
-        grads = [p.grad for p in params]
         cache = self._cache
-        if cache is None or not self._unchanged(cache, params, grads):
-            cache = self._cache = self._build(params, grads)
+        if cache is None or not self._unchanged(cache, params):
+            cache = self._cache = self._build(params)
+            return cache.batches
+        grads = self._gradients(params, cache.sharded)
+        if not cache.grads.alike(grads):
+            if [g is not None for g in grads] != cache.present:
+                self._cache = self._build(params)
+                return self._cache.batches
+            for batch in cache.batches:
+                batch.check(_chosen(grads, batch.indices))
+            cache.grads = _layouts(grads)
         for batch in cache.batches:
-            now = [grads[i] for i in batch.indices]
-            if not all(map(operator.is_, now, batch.grads)):
-                batch.check(now)
-                batch.grads = now
+            batch.grads = _chosen(grads, batch.indices)
         return cache.batches
 
-    def _unchanged(
-        self, cache: _Cache, params: Sequence[Tensor], grads: Sequence[Tensor | None]
-    ) -> bool:
-        states = list(self.state.values())
-        values = list(chain.from_iterable(map(dict.values, states)))
+    def _unchanged(self, cache: _Cache, params: Sequence[Tensor]) -> bool:
         return (
             _same(params, cache.params)
-            and [g is not None for g in grads] == cache.present
-            and _same(states, cache.states)
-            and _same(values, cache.values)
-            and list(map(_address, cache.tensors)) == cache.addresses
+            and list(map(self._rule, self.param_groups)) == cache.rules
+            and cache.layouts.same(self._watched(params, cache.sharded))
         )
 
-    def _build(self, params: list[Tensor], grads: list[Tensor | None]) -> _Cache:
+    def _watched(self, params: Sequence[Tensor], sharded: bool) -> list[Any]:
+        """Whatever a step writes to."""
+        watched = [*params, *chain.from_iterable(map(dict.values, self.state.values()))]
+        return list(map(local, watched)) if sharded else watched
+
+    @staticmethod
+    def _gradients(params: Sequence[Tensor], sharded: bool) -> list[Tensor | None]:
+        return [local_gradient(p) for p in params] if sharded else [p.grad for p in params]
+
+    def _build(self, params: list[Tensor]) -> _Cache:
         collected: dict[Any, list[int]] = {}
         index = 0
         for number, group in enumerate(self.param_groups):
             for p in group["params"]:
                 if p.grad is not None:
-                    self._check_parameter(p)
+                    self._check_parameter(p, group)
                     state = self.state[p]
                     if not state:
                         self._init_state(p, state, group)
                     layout = ("master" in state, "compensation" in state, "absmax1" in state)
-                    key = (number, p.device, p.dtype == torch.float64, *layout)
+                    key = (number, p.device, p.dtype == torch.float64, cut_of(p), *layout)
                     collected.setdefault(key, []).append(index)
                 index += 1
-        batches = [
-            self._batch(key[0], indices, params, grads) for key, indices in collected.items()
-        ]
-        states = list(self.state.values())
-        values = list(chain.from_iterable(map(dict.values, states)))
-        # Their memory may move while they stay the same objects (`.data` assigned).
-        moving = (s[k] for s in states for k in s if k != "step")
-        tensors = [*params, *(value for value in moving if isinstance(value, Tensor))]
+        sharded = any(map(is_dtensor, params))
+        grads = self._gradients(params, sharded)
         return _Cache(
-            batches,
+            [self._batch(key[0], indices, params, grads) for key, indices in collected.items()],
             params,
+            list(map(self._rule, self.param_groups)),
+            sharded,
+            _layouts(self._watched(params, sharded)),
+            _layouts(grads),
             [g is not None for g in grads],
-            states,
-            values,
-            tensors,
-            list(map(_address, tensors)),
         )
 
     def _batch(
         self, number: int, indices: list[int], params: list[Tensor], grads: list[Tensor | None]
     ) -> _Batch:
-        chosen = [params[i] for i in indices]
+        whole = [params[i] for i in indices]
+        chosen = [local(p) for p in whole]
         group, device, dtype = self.param_groups[number], chosen[0].device, chosen[0].dtype
-        states = [self.state[p] for p in chosen]
+        states = [{key: local(value) for key, value in self.state[p].items()} for p in whole]
         check_grads, make_plan = self._prepare(group, chosen, states, indices)
-        found = [g for i in indices if (g := grads[i]) is not None]
+        found = _chosen(grads, indices)
         check_grads(found)
         norm = OP.choose(self._backend, device, dtype).squared_norm
-        return _Batch(number, indices, check_grads, make_plan(), norm, found)
+        cut = cut_of(whole[0])
+        return _Batch(number, indices, whole, cut, check_grads, make_plan(), norm, found)
 
     def _prepare(
         self,
@@ -299,11 +340,12 @@ class FusedOptimizer(torch.optim.Optimizer):
     ) -> tuple[Callable[[Sequence[Tensor]], None], Callable[[], Any]]:
         """A check of gradients for these parameters, and what makes the plan of their steps."""
         rule = RULES[self._rule(group)]
-        names = (*self._state_names(group), "", "")  # of no column
+        names = (*self._state_names(group), "", "", "")  # of no column
         tensors = Tensors(
             params,
             column(states, names[0]),
             column(states, names[1]),
+            column(states, names[2]),
             column(states, "absmax1"),
             column(states, "absmax2"),
             column(states, "master"),
@@ -314,15 +356,36 @@ class FusedOptimizer(torch.optim.Optimizer):
         module = OP.choose(self._backend, params[0].device, params[0].dtype)
         return partial(check, rule, tensors), lambda: self._plan(module, group, tensors)
 
-    def _check_parameter(self, p: Tensor) -> None:
+    def _check_parameter(self, p: Tensor, group: Mapping[str, Any]) -> None:
         assert p.grad is not None
-        for name, tensor in (("parameter", p), ("gradient", p.grad)):
+        name, shape = type(self).__name__, tuple(p.shape)
+        for what, tensor in (("parameter", p), ("gradient", p.grad)):
             if tensor.layout != torch.strided or tensor.is_complex():
                 kind = "complex" if tensor.is_complex() else str(tensor.layout)
                 raise TypeError(
-                    f"{type(self).__name__}: a {name} of shape {tuple(p.shape)} is {kind}; it must "
-                    "be dense and real"
+                    f"{name}: a {what} of shape {shape} is {kind}; it must be dense and real"
                 )
+            part = local(tensor)
+            if part.numel() and part.device.type != "meta" and not part.data_ptr():
+                kind = f"{type(tensor).__module__}.{type(tensor).__qualname__}"
+                raise TypeError(
+                    f"{name}: a {what} of shape {shape}, a {kind}, has no memory that could be "
+                    "stepped; it must be a plain tensor or a DTensor"
+                )
+        if is_dtensor(p) != is_dtensor(p.grad):
+            one, other = ("a DTensor", "none") if is_dtensor(p) else ("no DTensor", "one")
+            raise TypeError(
+                f"{name}: a parameter of shape {shape} is {one} and its gradient {other}; "
+                "both must be, or neither"
+            )
+        why = self._needs_whole(p, group)
+        if why and cut_of(p) is not None:
+            placements: Any = p
+            raise TypeError(
+                f"{name}: a parameter of shape {shape} is a DTensor that is cut into shards "
+                f"{tuple(placements.placements)}, and {why}; keep it whole (outside of "
+                "fully_shard, or as Replicate()), or let AdamW step it"
+            )
 
     # ----------------------------------------------------------------------------- states
 
@@ -333,15 +396,16 @@ class FusedOptimizer(torch.optim.Optimizer):
             if self.weights == "master":
                 state["master"] = p.detach().to(torch.float32, copy=True)
             elif self.weights == "kahan":
-                state["compensation"] = torch.zeros(p.shape, dtype=torch.bfloat16, device=p.device)
+                state["compensation"] = zeros_like(p, torch.bfloat16)
 
     def _init_moments(self, p: Tensor, state: dict[str, Any], group: Mapping[str, Any]) -> None:
         """Adds the states that are the update rule's own."""
         for i, name in enumerate(self._state_names(group)):
             dtype = self._state_dtype(p)
-            start = 127 if dtype == torch.uint8 and i == 0 else 0  # the code of 0
-            state[name] = torch.full(p.shape, start, dtype=dtype, device=p.device)
+            state[name] = zeros_like(p, dtype)
             if dtype == torch.uint8:
+                if i == 0:
+                    state[name].fill_(127)  # the code of 0
                 blocks = -(-p.numel() // STATE_BLOCK)
                 state[f"absmax{i + 1}"] = torch.zeros(blocks, device=p.device)
 
@@ -374,13 +438,22 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if name == "step":
                     state[name].fill_(1)
                 continue
-            value = torch.as_tensor(value)
-            if value.numel() != state[name].numel():
+            value = value if isinstance(value, Tensor) else torch.as_tensor(value)
+            own = state[name]
+            if value.shape != own.shape and not (name == "step" and value.numel() == 1):
                 raise ValueError(
-                    f"{type(self).__name__}: the state dict's {name} has {value.numel()} elements "
-                    f"for a parameter of shape {tuple(p.shape)}"
+                    f"{type(self).__name__}: the state dict's {name} has shape "
+                    f"{tuple(value.shape)} for a parameter of shape {tuple(p.shape)}; it must be "
+                    f"{tuple(own.shape)}"
                 )
-            state[name].copy_(value.view_as(state[name]))
+            if is_dtensor(value) != is_dtensor(own):
+                one, other = ("a DTensor", "not") if is_dtensor(value) else ("no DTensor", "one")
+                raise ValueError(
+                    f"{type(self).__name__}: the state dict's {name} for a parameter of shape "
+                    f"{tuple(p.shape)} is {one} and the parameter is {other}; "
+                    "torch.distributed.checkpoint.state_dict converts whole states and shards"
+                )
+            own.copy_(value.reshape(own.shape))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -400,6 +473,21 @@ class FusedOptimizer(torch.optim.Optimizer):
 
 def _same(one: Sequence[Any], other: Sequence[Any]) -> bool:
     return len(one) == len(other) and all(map(operator.is_, one, other))
+
+
+def _chosen(grads: Sequence[Tensor | None], indices: Sequence[int]) -> list[Tensor]:
+    return [grads[i] for i in indices]  # type: ignore[misc]  # those of a batch are there
+
+
+def _layouts(objects: list[Any]) -> Layouts:
+    from gradsmith_kernels import _native  # not above: `backends` says why it may be missing
+
+    return _native.Layouts(objects)
+
+
+def zeros_like(p: Tensor, dtype: torch.dtype) -> Tensor:
+    """A state for a parameter: contiguous, and a DTensor like it."""
+    return torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def column(states: Sequence[Mapping[str, Any]], name: str) -> list[Tensor]:

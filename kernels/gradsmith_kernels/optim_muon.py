@@ -145,6 +145,9 @@ class Muon(FusedOptimizer):
     def _rule(self, group: Mapping[str, Any]) -> str:
         return "direction" if group["use_muon"] else "adam"
 
+    def _needs_whole(self, p: Tensor, group: Mapping[str, Any]) -> str:
+        return "a matrix is orthogonalised as a whole" if group["use_muon"] else ""
+
     def _state_names(self, group: Mapping[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["use_muon"] else ("exp_avg", "exp_avg_sq")
 
@@ -272,7 +275,7 @@ class _MuonPlan:
         )
         steps = [torch.zeros(()) for _ in params]  # of no use to the rule
         streams = range(len(params))
-        tensors = Tensors(params, [], [], [], [], masters, compensations, steps, streams)
+        tensors = Tensors(params, [], [], [], [], [], masters, compensations, steps, streams)
         return module.Plan(RULES["sgd"], tensors)
 
     def step(

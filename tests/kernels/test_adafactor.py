@@ -106,7 +106,7 @@ def test_defaults_and_groups_are_torchs():
 def test_state_dicts_load_into_torch_and_back(ours_first):
     first, second = (Adafactor, torch.optim.Adafactor)[:: 1 if ours_first else -1]
     params, twins = parameters(), parameters()
-    one = first(params, lr=0.1, weight_decay=0.1)
+    one = first(params, lr=0.1, weight_decay=0.1, maximize=True, foreach=False)
     steps(one, params, 7)
     for p, q in zip(params, twins, strict=True):
         q.data.copy_(p)
@@ -132,13 +132,6 @@ def test_a_loaded_state_goes_on_with_the_same_bits(weights):
     steps(one, params, 5, seed=2)
     steps(other, twins, 5, seed=2)
     assert all(torch.equal(p, q) for p, q in zip(params, twins, strict=True))
-
-
-def test_a_state_dict_that_maximizes_is_refused():
-    params = parameters()
-    state = torch.optim.Adafactor(parameters(), maximize=True).state_dict()
-    with pytest.raises(ValueError, match="maximize=True is not supported"):
-        Adafactor(params).load_state_dict(state)
 
 
 def test_the_bits_do_not_depend_on_the_number_of_threads():
@@ -327,7 +320,7 @@ def test_bad_options(options, message):
         ({"row_vars": [torch.ones(2), torch.ones(4)]}, ValueError, "row_vars .2,.; it must"),
         ({"col_vars": [torch.ones(1, 3), torch.ones(1)]}, ValueError, "it must be .0,"),
         ({"row_vars": [torch.ones(2, 1).half(), torch.ones(4)]}, TypeError, "must be torch"),
-        ({"steps": [torch.ones(2), torch.ones(())]}, TypeError, "steps.0. must be one float32"),
+        ({"steps": [torch.ones(2), torch.ones(())]}, TypeError, "its step is torch.float32"),
         ({"masters": [torch.ones(2, 3), torch.ones(4)]}, TypeError, "masters are for bfloat16"),
         ({"masters": [torch.ones(2, 3)]}, ValueError, "masters has 1 tensors for 2 params"),
     ],

@@ -83,11 +83,75 @@ def test_a_state_dict_keeps_the_float32_moments_of_bfloat16_parameters():
     assert_same_parameters(model, twin, rtol=0, atol=0)
 
 
-def test_a_state_dict_of_amsgrad_is_refused():
+def test_a_state_of_another_shape_is_refused():
+    p, q = torch.ones(4, 6, requires_grad=True), torch.ones(6, 4, requires_grad=True)
+    p.grad = torch.ones(4, 6)
+    one, other = AdamW([p]), AdamW([q])
+    one.step()
+    with pytest.raises(ValueError, match=r"exp_avg has shape \(4, 6\) for a parameter of shape"):
+        other.load_state_dict(one.state_dict())
+
+
+def test_a_step_count_that_is_a_number_is_refused():
+    p = torch.ones(3, requires_grad=True)
+    p.grad = torch.ones(3)
+    optimizer = AdamW([p])
+    optimizer.step()
+    optimizer.state[p]["step"] = 1
+    with pytest.raises(TypeError, match="its step is 1; it must be one float32 element"):
+        optimizer.step()
+
+
+ADAM = {"foreach": None, "fused": True, "capturable": False, "differentiable": False}
+EVERY = {"foreach": False, "fused": None, "differentiable": False}
+
+
+@pytest.mark.parametrize(
+    ("cls", "taken", "refused"),
+    [
+        (optim.AdamW, ADAM | {"amsgrad": False, "maximize": False}, {"capturable": True}),
+        (optim.Adam, ADAM | {"decoupled_weight_decay": False}, {"differentiable": True}),
+        (optim.AdamW8bit, ADAM | {"amsgrad": False}, {"amsgrad": True}),
+        (optim.SGD, EVERY | {"maximize": False}, {"differentiable": True}),
+        (optim.Adagrad, EVERY | {"maximize": False}, {"foreach": 2}),
+        (optim.Adafactor, {"foreach": True, "maximize": False}, {"foreach": "yes"}),
+    ],
+)
+def test_torchs_arguments_that_change_nothing_are_taken(cls, taken, refused):
+    p = torch.ones(1, requires_grad=True)
+    optimizer = cls([p], **taken)
+    assert not set(optimizer.param_groups[0]) & {"foreach", "fused", "capturable"}
+    with pytest.raises(ValueError, match=f"^{cls.__name__}: {next(iter(refused))}"):
+        cls([p], **refused)
+    with pytest.raises(TypeError, match=f"^{cls.__name__}: there is no argument 'nestrov'"):
+        cls([p], nestrov=True)
+
+
+def test_a_compiled_function_may_take_a_step():
     model, twin = model_and_twin()
-    state = torch.optim.AdamW(twin.parameters(), amsgrad=True).state_dict()
-    with pytest.raises(ValueError, match="amsgrad=True is not supported"):
-        AdamW(model.parameters()).load_state_dict(state)
+    ours, theirs = AdamW(model.parameters(), lr=1e-2), AdamW(twin.parameters(), lr=1e-2)
+
+    def train_step(model, optimizer, x):
+        loss = model(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    compiled = torch.compile(train_step, backend="eager")
+    for _ in range(3):
+        x = torch.randn(4, 7)
+        assert torch.equal(compiled(model, ours, x), train_step(twin, theirs, x))
+    assert_same_parameters(model, twin, rtol=0, atol=0)
+
+
+def test_a_graph_that_has_seen_the_old_weights_is_refused():
+    p = torch.ones(3, requires_grad=True)
+    loss = (p * p).sum()
+    loss.backward(retain_graph=True)
+    AdamW([p]).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_the_bits_do_not_depend_on_the_number_of_threads_or_on_the_split_into_tensors():
@@ -219,7 +283,7 @@ def test_bad_gradients_and_parameters():
         ({"grads": [torch.ones(3).int()]}, TypeError, "its gradient torch.int32"),
         ({"exp_avg": [torch.ones(3).half()]}, TypeError, "its states are"),
         ({"grads": [torch.ones(3, device="meta")]}, ValueError, "all must be on cpu"),
-        ({"steps": [torch.ones(2)]}, TypeError, "steps.0. must be one float32 element"),
+        ({"steps": [torch.ones(2)]}, TypeError, "its step is torch.float32 .2,. on cpu"),
         ({"masters": [torch.ones(3)]}, TypeError, "beside 16-bit params"),
         ({"exp_avg": [torch.ones(3).byte()], "exp_avg_sq": [torch.ones(3).byte()]}, ValueError,
          "absmax1 has 0 tensors"),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -37,12 +35,9 @@ class Plan:
             ]
         )
 
-    def step(
-        self, grads: Sequence[Tensor], options: Options, scale: float, zero_grads: bool
-    ) -> None:
+    def step(self, grads: list[Tensor], options: Options, scale: float, zero_grads: bool) -> None:
         with self._contiguous.step(grads, zero_grads) as used:
-            self._plan.set_grads([g.data_ptr() for g in used])
-            self._plan.set_grad_dtypes([DTYPE_CODES[g.dtype] for g in used])
+            self._plan.set_grads(used)
             self._plan.run(
                 [options.coefficients(t) for t in self._plan.count()],
                 scale,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradsmith_kernels.columns import Columns
+from gradsmith_kernels.columns import Columns, check_step
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -100,7 +100,7 @@ def check(tensors: Tensors, grads: Sequence[Tensor]) -> None:
 
 
 def _check_one(tensors: Tensors, i: int, g: Tensor) -> None:
-    p, t = tensors.params[i], tensors.steps[i]
+    p = tensors.params[i]
     what = f"adafactor_step_: params[{i}]"
     float64 = p.dtype == torch.float64
     allowed = (torch.float64,) if float64 else DTYPES
@@ -110,8 +110,7 @@ def _check_one(tensors: Tensors, i: int, g: Tensor) -> None:
             f"{what} is {p.dtype} and its gradient {g.dtype}; "
             f"both must be {names} (and float64 does not mix with the others)"
         )
-    if t.dtype != torch.float32 or t.numel() != 1 or not t.is_cpu:
-        raise TypeError(f"adafactor_step_: steps[{i}] must be one float32 element on the CPU: {t}")
+    check_step(what, tensors.steps[i])
     row_shape, col_shape = factor_shapes(p.shape)
     state = torch.float64 if float64 else torch.float32
     wanted = [("grads", g, g.dtype, tuple(p.shape))]

@@ -360,9 +360,7 @@ class Plan:
         self._launches: list[_Launch] = []
         self._made_for: list[tuple[int, torch.dtype]] = []
 
-    def step(
-        self, grads: Sequence[Tensor], options: Options, scale: float, zero_grads: bool
-    ) -> None:
+    def step(self, grads: list[Tensor], options: Options, scale: float, zero_grads: bool) -> None:
         with self._contiguous.step(grads, zero_grads) as used:
             made_for = [(g.data_ptr(), g.dtype) for g in used]
             if made_for != self._made_for:

@@ -35,11 +35,11 @@ def optimizer_step_(
     float32; what is stored in 16 bits is rounded to nearest even, or randomly (see `seed`).
 
     Args:
-        rule: adam, lion, sgd, momentum, adagrad, schedule_free, lamb or direction.
+        rule: adam, amsgrad, lion, sgd, momentum, adagrad, schedule_free, lamb or direction.
         params: float32, bfloat16 or float16, any shape (float64: reference backend, all in it).
         grads: like params in shape and device, not necessarily in dtype.
         states: as many lists as the rule has states, like params in shape and device: float32,
-            bfloat16, or uint8 codes of `quantize.py` (lamb: float32).
+            bfloat16, or uint8 codes of `quantize.py` (lamb: float32; amsgrad: no codes).
         steps: the number of steps that each tensor has behind it, one float32 element on the CPU;
             raised by one. t is the raised number.
         options: the rule's numbers, `RULES[rule].options`; flags as 0 or 1.
@@ -49,7 +49,7 @@ def optimizer_step_(
         compensations: instead of masters, bfloat16: what rounding took from the 16-bit params.
             It is added before the next step (Kahan), so 2 bytes do the work of a master's 4.
         streams: numbers below 2^32 that tell the tensors' random bits apart; default 0, 1, ...
-        scale: the gradients are multiplied by it first.
+        scale: the gradients are multiplied by it first; a negative one maximizes.
         zero_grads: set the gradients to zero in passing.
         seed: round states that are not float32 randomly, so that small changes are not lost: a
             function of the seed, the step, the stream and the index. None: to nearest.
@@ -74,7 +74,7 @@ def optimizer_step_(
         rule,
         params,
         grads,
-        *(states[i] if i < len(states) else empty for i in (0, 1)),
+        *(states[i] if i < len(states) else empty for i in (0, 1, 2)),
         *(absmax[i] if i < len(absmax) else empty for i in (0, 1)),
         masters,
         compensations,

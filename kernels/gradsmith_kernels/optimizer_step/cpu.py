@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -25,9 +23,8 @@ class Plan:
 
     def __init__(self, rule: Rule, tensors: Tensors) -> None:
         self._rule, self._contiguous = rule, Contiguous(tensors)
-        self._grads: Sequence[Tensor] = ()  # the last step's, whose dtypes are known
-        names = ("params", "states1", "states2", "absmax1", "absmax2", "masters", "compensations")
-        columns = [self._contiguous.column(name) for name in (*names, "steps")]
+        names = ("params", "states1", "states2", "states3", "absmax1", "absmax2", "masters")
+        columns = [self._contiguous.column(name) for name in (*names, "compensations", "steps")]
         self._plan = _native.StepPlan(
             [
                 (
@@ -43,17 +40,14 @@ class Plan:
 
     def step(
         self,
-        grads: Sequence[Tensor],
+        grads: list[Tensor],
         options: Options,
         scale: float,
         zero_grads: bool,
         seed: int | None,
     ) -> None:
-        if grads is not self._grads:
-            self._grads = grads
-            self._plan.set_grad_dtypes([DTYPE_CODES[g.dtype] for g in grads])
         with self._contiguous.step(grads, zero_grads) as used:
-            self._plan.set_grads(list(map(Tensor.data_ptr, used)))
+            self._plan.set_grads(used)
             self._run(options, scale, zero_grads, seed)
 
     def _run(self, options: Options, scale: float, zero_grads: bool, seed: int | None) -> None:
@@ -73,11 +67,5 @@ class Plan:
             self._plan.run(LAMB_APPLY, scaled, True, scale, zero_grads, False, threads)
 
 
-def squared_norm(grads: Sequence[Tensor]) -> tuple[float, int]:
-    used = contiguous(grads)
-    return _native.squared_norm(
-        [g.data_ptr() for g in used],
-        [g.numel() for g in used],
-        [DTYPE_CODES[g.dtype] for g in used],
-        torch.get_num_threads(),
-    )
+def squared_norm(grads: list[Tensor]) -> tuple[float, int]:
+    return _native.squared_norm(contiguous(grads), torch.get_num_threads())

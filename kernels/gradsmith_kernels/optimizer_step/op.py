@@ -25,8 +25,9 @@ OP = Op(
 torch.library.define(
     "gradsmith::optimizer_step_",
     "(str rule, Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] states1,"
-    " Tensor(d!)[] states2, Tensor(e!)[] absmax1, Tensor(f!)[] absmax2, Tensor(g!)[] masters,"
-    " Tensor(h!)[] compensations, Tensor(i!)[] steps, int[] streams, float[] options,"
+    " Tensor(d!)[] states2, Tensor(e!)[] states3, Tensor(f!)[] absmax1, Tensor(g!)[] absmax2,"
+    " Tensor(h!)[] masters, Tensor(i!)[] compensations, Tensor(j!)[] steps, int[] streams,"
+    " float[] options,"
     " float scale, bool zero_grads, int? seed, str? backend=None) -> ()",
 )
 
@@ -37,7 +38,7 @@ def _step_fake(
     grads: Sequence[Tensor],
     *rest: Any,
 ) -> None:
-    check(RULES[rule], Tensors(params, *rest[:8]), grads)
+    check(RULES[rule], Tensors(params, *rest[:9]), grads)
 
 
 def _step(
@@ -46,8 +47,8 @@ def _step(
     grads: Sequence[Tensor],
     *rest: Any,
 ) -> None:
-    options, scale, zero_grads, seed, *backend = rest[8:]
-    tensors = Tensors(params, *rest[:8])
+    options, scale, zero_grads, seed, *backend = rest[9:]
+    tensors = Tensors(params, *rest[:9])
     check(RULES[rule], tensors, grads)
     if params:
         name = backend[0] if backend else None

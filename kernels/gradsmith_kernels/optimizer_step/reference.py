@@ -42,7 +42,7 @@ class Plan:
         if columns.compensations:
             x += columns.compensations[i]
         scales = [column[i] for column in (columns.absmax1, columns.absmax2) if column]
-        stored = [column[i] for column in (columns.states1, columns.states2) if column]
+        stored = columns.states_of(i)
         states = [
             quantize.decode(s, scales[k], signed=k == 0)
             if s.dtype == torch.uint8
@@ -57,7 +57,7 @@ class Plan:
             columns.compensations[i].copy_(x - p)
         for k, (s, new) in enumerate(zip(stored, states, strict=True)):
             random = None
-            if seed is not None and s.dtype in (torch.uint8, torch.bfloat16):
+            if seed is not None and k < 2 and s.dtype in (torch.uint8, torch.bfloat16):
                 bits = random_bits(seed_of_step(seed, t), columns.streams[i], p)
                 random = (bits >> 16) if k else bits & 0xFFFF
             if s.dtype == torch.uint8:
@@ -78,7 +78,7 @@ def update(rule: str, o: Options, t: float, x: Tensor, g: Tensor, states: list[T
     """The new x; x and the states are changed in place. Formulas: rules.py."""
     if rule == "direction":
         (m,) = states
-        m.add_(g - m, alpha=1 - o["momentum"])
+        m.lerp_(g, 1 - o["momentum"])
         of_m = o["momentum"] if o["nesterov"] else 1.0
         return x.copy_(g.mul(1 - of_m).add_(m, alpha=of_m))
     lr, decay = o["lr"], o["weight_decay"]
@@ -87,7 +87,7 @@ def update(rule: str, o: Options, t: float, x: Tensor, g: Tensor, states: list[T
         v.mul_(o["beta2"]).addcmul_(g, g, value=1 - o["beta2"])
         denominator = v.sqrt() / math.sqrt(1 - o["beta2"] ** t) + o["eps"]
         if rule == "lamb":
-            first.add_(g - first, alpha=1 - o["beta1"])
+            first.lerp_(g, 1 - o["beta1"])
             d = (first / (1 - o["beta1"] ** t) / denominator).add_(x, alpha=decay)
             squares = (float((vector.double() ** 2).sum()) for vector in (x, d))
             return x.sub_(d, alpha=lr * trust_ratio(*squares))
@@ -99,16 +99,18 @@ def update(rule: str, o: Options, t: float, x: Tensor, g: Tensor, states: list[T
         g = g.add(x, alpha=decay)
     else:
         x.sub_(x, alpha=lr * decay)
-    if rule == "adam":
-        m, v = states
-        m.add_(g - m, alpha=1 - o["beta1"])
+    if rule in ("adam", "amsgrad"):
+        m, v, *most = states
+        m.lerp_(g, 1 - o["beta1"])
         v.mul_(o["beta2"]).addcmul_(g, g, value=1 - o["beta2"])
+        for s in most:
+            v = torch.maximum(s, v, out=s)
         denominator = v.sqrt() / math.sqrt(1 - o["beta2"] ** t) + o["eps"]
         x.addcdiv_(m, denominator, value=-lr / (1 - o["beta1"] ** t))
     elif rule == "lion":
         (m,) = states
-        x.sub_(m.add(g - m, alpha=1 - o["beta1"]).sign_(), alpha=lr)
-        m.add_(g - m, alpha=1 - o["beta2"])
+        x.sub_(m.lerp(g, 1 - o["beta1"]).sign_(), alpha=lr)
+        m.lerp_(g, 1 - o["beta2"])
     elif rule == "sgd":
         x.sub_(g, alpha=lr)
     elif rule == "momentum":

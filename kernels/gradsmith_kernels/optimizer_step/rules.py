@@ -3,18 +3,19 @@
 Every rule works on float32 values of the weight x, the gradient g (already unscaled and clipped)
 and its states, at step t = 1, 2, ...:
 
-    adam           m += (1 - beta1) (g - m);  v += (1 - beta2) (g^2 - v)
+    adam           m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g^2
                    x -= lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
-    lion           x -= lr * sign(m + (1 - beta1) (g - m));  m += (1 - beta2) (g - m)
+    amsgrad        adam with s = max(s, v) in place of v in the update of x
+    lion           x -= lr * sign(beta1 m + (1 - beta1) g);  m = beta2 m + (1 - beta2) g
     sgd            x -= lr * g
     momentum       m = momentum * m + (1 - dampening) g   (m = g at t = 1)
                    x -= lr * (g + momentum * m if nesterov else m)
     adagrad        s += g^2;  x -= lr / (1 + (t - 1) lr_decay) * g / (sqrt(s) + eps)
-    schedule_free  v += (1 - beta2) (g^2 - v);  d = g / (sqrt(v / (1 - beta2^t)) + eps) + wd * x
+    schedule_free  v as adam;  d = g / (sqrt(v / (1 - beta2^t)) + eps) + wd * x
                    x += average (z - x) - lr (1 - beta1 (1 - average)) d;  z -= lr * d
     lamb           m, v as adam;  d = m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) + wd * x
                    x -= lr * |x| / |d| * d   (norms of the whole tensor; 1 where one of them is 0)
-    direction      m += (1 - momentum) (g - m)
+    direction      m = momentum * m + (1 - momentum) g
                    x = (1 - momentum) * g + momentum * m if nesterov else m
                    (Muon's first sweep: x is overwritten with what is then orthogonalised)
 
@@ -22,10 +23,11 @@ Decay: decoupled, x is first multiplied by 1 - lr * weight_decay; else g grows b
 (schedule_free and lamb: as in the formula). l1 is proximal: after the update every weight moves
 towards 0 by lr * l1 and stops there.
 
-Sources: Kingma and Ba 2015 (arXiv:1412.6980), Loshchilov and Hutter 2019 (1711.05101), Chen et al.
-2023 (Lion, 2302.06675), Sutskever et al. 2013 (Nesterov as torch.optim.SGD has it), Duchi et al.
-2011, Defazio et al. 2024 (schedule-free, 2405.15682), You et al. 2020 (LAMB, 1904.00962), Jordan et
-al. 2024 (Muon, kellerjordan.github.io/posts/muon, with the buffer of torch.optim.Muon).
+Sources: Kingma and Ba 2015 (arXiv:1412.6980), Loshchilov and Hutter 2019 (1711.05101), Reddi et al.
+2018 (AMSGrad, 1904.09237), Chen et al. 2023 (Lion, 2302.06675), Sutskever et al. 2013 (Nesterov as
+torch.optim.SGD has it), Duchi et al. 2011, Defazio et al. 2024 (schedule-free, 2405.15682), You et
+al. 2020 (LAMB, 1904.00962), Jordan et al. 2024 (Muon, kellerjordan.github.io/posts/muon, with the
+buffer of torch.optim.Muon).
 """
 
 from __future__ import annotations
@@ -72,14 +74,21 @@ def _decay(o: Options) -> float:
     return o["lr"] * o["weight_decay"] if o["decoupled"] else 0.0
 
 
+def _share(beta: float) -> float:
+    """How the kernels are told of beta * average + (1 - beta) * value: what is multiplied with
+    value - average and added to the average (1 - beta), or, where beta is at most a half, to the
+    value (-beta, and -0 for 0). Otherwise an average far above the value would drown it."""
+    return 1 - beta if beta > 0.5 else -beta
+
+
 def _adam(o: Options, t: float) -> tuple[float, ...]:
     step = o["lr"] / (1 - o["beta1"] ** t)
     inverse = 1 / math.sqrt(1 - o["beta2"] ** t)
-    return (1 - o["beta1"], 1 - o["beta2"], o["eps"], _decay(o), step, inverse)
+    return (_share(o["beta1"]), _share(o["beta2"]), o["eps"], _decay(o), step, inverse)
 
 
 def _lion(o: Options, t: float) -> tuple[float, ...]:
-    return (1 - o["beta1"], 1 - o["beta2"], 0.0, _decay(o), o["lr"], 0.0)
+    return (_share(o["beta1"]), _share(o["beta2"]), 0.0, _decay(o), o["lr"], 0.0)
 
 
 def _sgd(o: Options, t: float) -> tuple[float, ...]:
@@ -93,9 +102,8 @@ def _momentum(o: Options, t: float) -> tuple[float, ...]:
 
 
 def _direction(o: Options, t: float) -> tuple[float, ...]:
-    new = 1 - o["momentum"]
-    of_g, of_m = (new, o["momentum"]) if o["nesterov"] else (0.0, 1.0)
-    return (new, 0.0, of_g, 0.0, 0.0, of_m)
+    of_g, of_m = (1 - o["momentum"], o["momentum"]) if o["nesterov"] else (0.0, 1.0)
+    return (_share(o["momentum"]), 0.0, of_g, 0.0, 0.0, of_m)
 
 
 def _adagrad(o: Options, t: float) -> tuple[float, ...]:
@@ -105,12 +113,13 @@ def _adagrad(o: Options, t: float) -> tuple[float, ...]:
 
 def _schedule_free(o: Options, t: float) -> tuple[float, ...]:
     inverse = 1 / math.sqrt(1 - o["beta2"] ** t)
-    return (o["average"], 1 - o["beta2"], o["eps"], o["weight_decay"], o["lr"], inverse)
+    return (o["average"], _share(o["beta2"]), o["eps"], o["weight_decay"], o["lr"], inverse)
 
 
 def _lamb(o: Options, t: float) -> tuple[float, ...]:
     inverse = 1 / math.sqrt(1 - o["beta2"] ** t)
-    return (1 - o["beta1"], 1 - o["beta2"], o["eps"], o["weight_decay"], o["lr"], inverse)
+    shares = _share(o["beta1"]), _share(o["beta2"])
+    return (*shares, o["eps"], o["weight_decay"], o["lr"], inverse)
 
 
 _COMMON = ("lr", "weight_decay", "decoupled", "l1")
@@ -131,6 +140,7 @@ RULES = {
         ),
         Rule("lamb", 6, 2, ("lr", "weight_decay", "beta1", "beta2", "eps"), _lamb),
         Rule("direction", 8, 1, ("momentum", "nesterov"), _direction),
+        Rule("amsgrad", 9, 3, (*_COMMON, "beta1", "beta2", "eps"), _adam),
     )
 }
 LAMB_APPLY = 7  # code of lamb's second sweep

@@ -81,7 +81,7 @@ def make_inputs(
         "storage": param,
         "state_storage": state,
     }
-    for number in (0, 1):
+    for number in (0, 1, 2):
         drawn = states(number)
         scales = []
         if state == torch.uint8:
@@ -90,7 +90,8 @@ def make_inputs(
         inputs[f"states{number + 1}"] = [
             s.to(state).to(device) if state != torch.uint8 else s.to(device) for s in drawn
         ]
-        inputs[ABSMAX[number]] = [s.to(device) for s in scales]
+        if number < len(ABSMAX):
+            inputs[ABSMAX[number]] = [s.to(device) for s in scales]
     inputs["grads"] = [
         [normal(shape).to(grad).to(device) for shape in shapes] for _ in range(steps)
     ]
@@ -127,10 +128,11 @@ def torch_step(inputs: Inputs, params: list[Tensor], states: list[list[Tensor]])
     keys: tuple[str, ...] = ()
     cls: Any
     kwargs: dict[str, Any]
-    if rule == "adam":
+    if rule in ("adam", "amsgrad"):
         cls = torch.optim.AdamW if o["decoupled"] else torch.optim.Adam
         kwargs = {"betas": betas, "eps": o["eps"], "weight_decay": o["weight_decay"]}
-        keys = ("exp_avg", "exp_avg_sq")
+        kwargs["amsgrad"] = rule == "amsgrad"
+        keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: len(states)]
     elif rule == "adagrad":
         cls, keys = torch.optim.Adagrad, ("sum",)
         kwargs = {name: o[name] for name in ("lr_decay", "eps", "weight_decay")}
@@ -202,7 +204,7 @@ class OptimizerStepSpec(Spec):
                     rule,
                     steps=10 if rule == "lion" else 100,
                     warm=False,
-                    decoupled=float(rule in ("adam", "lion")),
+                    decoupled=float(rule in ("adam", "amsgrad", "lion")),
                 ),
                 sample("bfloat16, warm", rule, bf16),
             ]
@@ -210,6 +212,9 @@ class OptimizerStepSpec(Spec):
             *found,
             sample("float32, transposed", "adam", transposed=True),
             sample("L2, warm", "adam", decoupled=0.0),
+            sample("betas of 0 and 0.001, warm", "adam", beta1=0.0, beta2=1e-3),
+            sample("betas of 0.3 and 0, warm", "lamb", beta1=0.3, beta2=0.0),
+            sample("bfloat16 states", "amsgrad", state=bf16),
             sample("L2 and Nesterov, warm", "momentum", decoupled=0.0, nesterov=1.0, dampening=0.0),
             sample("L2, warm", "adagrad", decoupled=0.0),
             sample("Nesterov, warm", "direction", nesterov=1.0),
@@ -223,7 +228,7 @@ class OptimizerStepSpec(Spec):
         ]
 
     def run(self, inputs: Inputs, backend: str | None) -> Outputs:
-        names = ("params", "states1", "states2", *ABSMAX)
+        names = ("params", "states1", "states2", "states3", *ABSMAX)
         params, *columns = ([tensor.clone() for tensor in inputs[name]] for name in names)
         steps = [torch.tensor(inputs["behind"]) for _ in params]
         count = RULES[inputs["rule"]].states
@@ -233,7 +238,7 @@ class OptimizerStepSpec(Spec):
                 params,
                 grads,
                 *columns[:count],
-                absmax=columns[2:],
+                absmax=columns[3:],
                 steps=steps,
                 options=inputs["options"],
                 backend=backend,
@@ -250,15 +255,15 @@ class OptimizerStepSpec(Spec):
         params = [p.to(compute, copy=True) for p in inputs["params"]]
         states = [
             [s.to(compute, copy=True) for s in inputs[f"states{k + 1}"]]
-            if not inputs[ABSMAX[k]]
+            if inputs["state_storage"] != torch.uint8
             else [
                 quantize.decode(s, a.float(), signed=k == 0).to(compute)
                 for s, a in zip(inputs[f"states{k + 1}"], inputs[ABSMAX[k]], strict=True)
             ]
             for k in range(RULES[inputs["rule"]].states)
         ]
-        known = inputs["rule"] in ("adam", "sgd", "momentum", "adagrad")
-        decoupled = inputs["options"].get("decoupled") and inputs["rule"] != "adam"
+        known = inputs["rule"] in ("adam", "amsgrad", "sgd", "momentum", "adagrad")
+        decoupled = inputs["options"].get("decoupled") and inputs["rule"] not in ("adam", "amsgrad")
         if known and decoupled:
             assert len(inputs["grads"]) == 1
             for p in params:
@@ -290,7 +295,7 @@ class OptimizerStepSpec(Spec):
             params = [p.to(dtype) for p in tensors(dtype)]
             states = [tensors(torch.float32) if RULES[rule].states > k else [] for k in (0, 1)]
             masters = [p.float() for p in params] if master else []
-            arguments = (rule, params, tensors(torch.float32), *states, [], [], masters, [])
+            arguments = (rule, params, tensors(torch.float32), *states, [], [], [], masters, [])
             steps = [torch.tensor(3.0), torch.tensor(0.0)]
             numbers = list(options(rule).values())
             rest = (steps, [0, 1], numbers, 0.5, True, None)

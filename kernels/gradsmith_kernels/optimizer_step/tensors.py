@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradsmith_kernels.columns import Columns
+from gradsmith_kernels.columns import Columns, check_step
 from gradsmith_kernels.optimizer_step.rules import Rule
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -20,6 +20,7 @@ class Tensors(Columns):
     """Columns with an entry for each of params, or empty where the rule or the caller has none.
 
     states1, states2: the rule's states: float32, bfloat16, or uint8 codes (signed and unsigned).
+    states3: likewise, never of 8 bits.
     absmax1, absmax2: float32 scales of 8-bit states, one for each 256 elements.
     masters: float32 weights behind 16-bit params.
     compensations: bfloat16, what rounding took from 16-bit params.
@@ -29,12 +30,17 @@ class Tensors(Columns):
 
     states1: Sequence[Tensor]
     states2: Sequence[Tensor]
+    states3: Sequence[Tensor]
     absmax1: Sequence[Tensor]
     absmax2: Sequence[Tensor]
     masters: Sequence[Tensor]
     compensations: Sequence[Tensor]
     steps: Sequence[Tensor]
     streams: Sequence[int]
+
+    def states_of(self, i: int) -> list[Tensor]:
+        """The states of params[i]."""
+        return [c[i] for c in (self.states1, self.states2, self.states3) if c]
 
 
 def check(rule: Rule, tensors: Tensors, grads: Sequence[Tensor]) -> None:
@@ -45,7 +51,7 @@ def check(rule: Rule, tensors: Tensors, grads: Sequence[Tensor]) -> None:
     """
     count = len(tensors.params)
     wanted = {"grads": count, "steps": count, "streams": count}
-    wanted |= {f"states{i}": count if rule.states >= i else 0 for i in (1, 2)}
+    wanted |= {f"states{i}": count if rule.states >= i else 0 for i in (1, 2, 3)}
     lengths = {"grads": len(grads)} | {
         name: len(getattr(tensors, name)) for name in wanted if name != "grads"
     }
@@ -70,9 +76,12 @@ def check(rule: Rule, tensors: Tensors, grads: Sequence[Tensor]) -> None:
 def _check_one(rule: Rule, tensors: Tensors, i: int, p: Tensor, g: Tensor) -> None:
     float64 = p.dtype == torch.float64
     allowed = (torch.float64,) if float64 else DTYPES
+    state_dtypes: tuple[torch.dtype, ...]
     state_dtypes = (torch.float64,) if float64 else (torch.float32, torch.bfloat16, torch.uint8)
     if rule.name == "lamb":
         state_dtypes = state_dtypes[:1]
+    if rule.name == "amsgrad":
+        state_dtypes = state_dtypes[:2]
     what = f"optimizer_step_: params[{i}]"
     if p.dtype not in allowed or g.dtype not in allowed:
         names = " or ".join(str(dtype) for dtype in allowed)
@@ -80,10 +89,8 @@ def _check_one(rule: Rule, tensors: Tensors, i: int, p: Tensor, g: Tensor) -> No
             f"{what} is {p.dtype} and its gradient {g.dtype}; "
             f"both must be {names} (and float64 does not mix with the others)"
         )
-    t = tensors.steps[i]
-    if t.dtype != torch.float32 or t.numel() != 1 or not t.is_cpu:
-        raise TypeError(f"optimizer_step_: steps[{i}] must be one float32 element on the CPU: {t}")
-    states = [column[i] for column in (tensors.states1, tensors.states2) if column]
+    check_step(what, tensors.steps[i])
+    states = tensors.states_of(i)
     for s in states:
         if s.dtype not in state_dtypes or s.dtype != states[0].dtype:
             names = ", ".join(str(dtype) for dtype in state_dtypes)

@@ -46,6 +46,7 @@ COLUMNS = (
     "grads",
     "states1",
     "states2",
+    "states3",
     "absmax1",
     "absmax2",
     "masters",
@@ -128,16 +129,27 @@ def store_state(
 
 
 @triton.jit
+def average(old, value, share, SMALL: tl.constexpr):
+    """beta * old + (1 - beta) * value; `share` as rules._share has it, and whether one is of a
+    small beta. The choice costs registers, so the usual kernel does not have it."""
+    if SMALL:
+        base = tl.where(share.to(tl.int32, bitcast=True) < 0, value, old)
+        return base + (value - old) * share
+    return old + (value - old) * share
+
+
+@triton.jit
 def lamb_direction(x, m, v, c2, c3, c5, c7):
     return c3 * x + tl.div_rn(m * c7, tl.sqrt_rn(v) * c5 + c2)
 
 
 @triton.jit
 def update(
-    p_ptr, g_ptr, s1_ptr, s2_ptr, a1_ptr, a2_ptr, master_ptr, remainder_ptr,
+    p_ptr, g_ptr, s1_ptr, s2_ptr, s3_ptr, a1_ptr, a2_ptr, master_ptr, remainder_ptr,
     c0, c1, c2, c3, c4, c5, c6, c7, signed_map, unsigned_map, key, at, mask, scale,
     RULE: tl.constexpr, STATES: tl.constexpr, STATE: tl.constexpr, MASTER: tl.constexpr,
-    REMAINDER: tl.constexpr, RANDOM: tl.constexpr, ZERO_GRADS: tl.constexpr, BLOCK: tl.constexpr,
+    REMAINDER: tl.constexpr, RANDOM: tl.constexpr, ZERO_GRADS: tl.constexpr, SMALL: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     g = tl.load(g_ptr + at, mask).to(tl.float32) * scale
     if MASTER:
@@ -150,21 +162,28 @@ def update(
     s2 = x
     if STATES >= 1:
         s1 = load_state(s1_ptr, a1_ptr, signed_map, at, mask, STATE)
-    if STATES == 2:
+    if STATES >= 2:
         s2 = load_state(s2_ptr, a2_ptr, unsigned_map, at, mask, STATE)
     if RULE != 5:
         g += c6 * x
     sums = 0.0, 0.0
     if RULE == 0:  # adam
-        s1 += (g - s1) * c0
-        s2 += (g * g - s2) * c1
+        s1 = average(s1, g, c0, SMALL)
+        s2 = average(s2, g * g, c1, SMALL)
         if STATE == tl.uint8:  # noqa: SIM300 - the exact root and quotient are calls, which spill
             x = x - c3 * x - c4 * (s1 / (tl.sqrt(s2) * c5 + c2))
         else:
             x = x - c3 * x - c4 * tl.div_rn(s1, tl.sqrt_rn(s2) * c5 + c2)
+    elif RULE == 9:  # amsgrad
+        s1 = average(s1, g, c0, SMALL)
+        s2 = average(s2, g * g, c1, SMALL)
+        most = tl.load(s3_ptr + at, mask).to(tl.float32)
+        most = tl.where(most > s2, most, s2)
+        tl.store(s3_ptr + at, most.to(STATE), mask)
+        x = x - c3 * x - c4 * tl.div_rn(s1, tl.sqrt_rn(most) * c5 + c2)
     elif RULE == 1:  # lion
-        direction = s1 + (g - s1) * c0
-        s1 += (g - s1) * c1
+        direction = average(s1, g, c0, SMALL)
+        s1 = average(s1, g, c1, SMALL)
         sign = tl.where(direction > 0, 1.0, tl.where(direction < 0, -1.0, 0.0))
         x = x - c3 * x - c4 * sign
     elif RULE == 2:  # sgd
@@ -176,13 +195,13 @@ def update(
         s1 += g * g
         x = x - c3 * x - c4 * tl.div_rn(g, tl.sqrt_rn(s1) + c2)
     elif RULE == 5:  # schedule_free
-        s2 += (g * g - s2) * c1
+        s2 = average(s2, g * g, c1, SMALL)
         direction = c3 * x + tl.div_rn(g, tl.sqrt_rn(s2) * c5 + c2)
         x = x + c0 * (s1 - x) - c4 * (1 - c6 * (1 - c0)) * direction
         s1 -= c4 * direction
     elif RULE == 6:  # lamb: moments and norms
-        s1 += (g - s1) * c0
-        s2 += (g * g - s2) * c1
+        s1 = average(s1, g, c0, SMALL)
+        s2 = average(s2, g * g, c1, SMALL)
         direction = lamb_direction(x, s1, s2, c2, c3, c5, c7)
         weight = x
         if mask is not None:
@@ -190,11 +209,11 @@ def update(
             direction = tl.where(mask, direction, 0.0)
         sums = tl.sum(weight * weight), tl.sum(direction * direction)
     elif RULE == 8:  # direction
-        s1 += (g - s1) * c0
+        s1 = average(s1, g, c0, SMALL)
         x = c2 * g + c5 * s1
     else:  # lamb: the weights
         x = x - c4 * lamb_direction(x, s1, s2, c2, c3, c5, c7)
-    if RULE < 6:
+    if RULE < 6 or RULE == 9:
         x = tl.where(x > c7, x - c7, tl.where(x < -c7, x + c7, x * 0.0))  # NaN stays NaN
     if RULE != 6:
         if MASTER:
@@ -212,7 +231,7 @@ def update(
             store_state(
                 s1_ptr, a1_ptr, signed_map, at, mask, s1, random & 0xFFFF, 127, STATE, RANDOM, BLOCK
             )  # fmt: skip
-        if STATES == 2:
+        if STATES >= 2:
             store_state(
                 s2_ptr, a2_ptr, unsigned_map, at, mask, s2, random >> 16, 0, STATE, RANDOM, BLOCK
             )  # fmt: skip
@@ -237,6 +256,7 @@ def step_kernel(
     REMAINDER: tl.constexpr,
     RANDOM: tl.constexpr,
     ZERO_GRADS: tl.constexpr,
+    SMALL: tl.constexpr,
     ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -249,15 +269,17 @@ def step_kernel(
     g_ptr = tl.load(row + 1).to(tl.pointer_type(GRAD))
     s1_ptr = tl.load(row + 2).to(tl.pointer_type(STATE))
     s2_ptr = tl.load(row + 3).to(tl.pointer_type(STATE))
-    a1_ptr = tl.load(row + 4).to(tl.pointer_type(tl.float32))
-    a2_ptr = tl.load(row + 5).to(tl.pointer_type(tl.float32))
-    master_ptr = tl.load(row + 6).to(tl.pointer_type(tl.float32))
-    remainder_ptr = tl.load(row + 7).to(tl.pointer_type(tl.bfloat16))
+    s3_ptr = tl.load(row + 4).to(tl.pointer_type(STATE))
+    a1_ptr = tl.load(row + 5).to(tl.pointer_type(tl.float32))
+    a2_ptr = tl.load(row + 6).to(tl.pointer_type(tl.float32))
+    master_ptr = tl.load(row + 7).to(tl.pointer_type(tl.float32))
+    remainder_ptr = tl.load(row + 8).to(tl.pointer_type(tl.bfloat16))
     if ALIGNED:
         p_ptr = tl.multiple_of(p_ptr, 16)
         g_ptr = tl.multiple_of(g_ptr, 16)
         s1_ptr = tl.multiple_of(s1_ptr, 16)
         s2_ptr = tl.multiple_of(s2_ptr, 16)
+        s3_ptr = tl.multiple_of(s3_ptr, 16)
         master_ptr = tl.multiple_of(master_ptr, 16)
         remainder_ptr = tl.multiple_of(remainder_ptr, 16)
     count = tl.minimum(tl.load(row + COUNT) - first, CHUNK)
@@ -279,20 +301,20 @@ def step_kernel(
     # Whole blocks have no mask: one that may end anywhere would make every access an element wide.
     for start in range(0, whole, BLOCK):
         one, other = update(
-            p_ptr, g_ptr, s1_ptr, s2_ptr, a1_ptr, a2_ptr, master_ptr, remainder_ptr,
+            p_ptr, g_ptr, s1_ptr, s2_ptr, s3_ptr, a1_ptr, a2_ptr, master_ptr, remainder_ptr,
             c0, c1, c2, c3, c4, c5, c6, c7, signed_map, unsigned_map, key,
             lanes + start, None, scale,
-            RULE, STATES, STATE, MASTER, REMAINDER, RANDOM, ZERO_GRADS, BLOCK,
+            RULE, STATES, STATE, MASTER, REMAINDER, RANDOM, ZERO_GRADS, SMALL, BLOCK,
         )  # fmt: skip
         weights += one
         updates += other
     if whole < count:
         at = lanes + whole
         one, other = update(
-            p_ptr, g_ptr, s1_ptr, s2_ptr, a1_ptr, a2_ptr, master_ptr, remainder_ptr,
+            p_ptr, g_ptr, s1_ptr, s2_ptr, s3_ptr, a1_ptr, a2_ptr, master_ptr, remainder_ptr,
             c0, c1, c2, c3, c4, c5, c6, c7, signed_map, unsigned_map, key,
             at, at < first + count, scale,
-            RULE, STATES, STATE, MASTER, REMAINDER, RANDOM, ZERO_GRADS, BLOCK,
+            RULE, STATES, STATE, MASTER, REMAINDER, RANDOM, ZERO_GRADS, SMALL, BLOCK,
         )  # fmt: skip
         weights += one
         updates += other
@@ -361,7 +383,7 @@ class Plan:
 
     def step(
         self,
-        grads: Sequence[Tensor],
+        grads: list[Tensor],
         options: Options,
         scale: float,
         zero_grads: bool,
@@ -444,6 +466,7 @@ class Plan:
             REMAINDER=bool(self._tensors.compensations),
             RANDOM=random,
             ZERO_GRADS=zero_grads,
+            SMALL=any(math.copysign(1, c) < 0 for row in coefficients for c in row[:2]),
             ALIGNED=launch.aligned,
             CHUNK=CHUNK,
             BLOCK=WIDE_BLOCK if self._state == torch.bfloat16 else BLOCK,
@@ -457,7 +480,7 @@ class Plan:
         return [(one, other) for one, other in total.tolist()]
 
 
-def squared_norm(grads: Sequence[Tensor]) -> tuple[float, int]:
+def squared_norm(grads: list[Tensor]) -> tuple[float, int]:
     used = contiguous(grads)
     parts = torch.zeros(len(used), dtype=torch.float64)
     groups: dict[tuple[torch.dtype, bool], list[int]] = defaultdict(list)
@@ -511,11 +534,13 @@ def compile_cases() -> list[CompileCase]:
         ("lamb norms, float32", 6, 2, f32, f32, f32, False, False),
         ("lamb weights, float32", 7, 2, f32, f32, f32, False, False),
         ("direction, bfloat16 of float32", 8, 1, bf16, f32, f32, False, False),
+        ("amsgrad, float32", 9, 3, f32, f32, f32, False, False),
     ]
     cases = []
     for name, rule, states, param, grad, state, master, random in kinds:
         constants = {"RULE": rule, "STATES": states, "PARAM": param, "GRAD": grad, "STATE": state}
         constants |= {"MASTER": master, "REMAINDER": False, "RANDOM": random, "ZERO_GRADS": True}
+        constants["SMALL"] = False
         constants |= shape | {"BLOCK": WIDE_BLOCK if state == bf16 else BLOCK}
         launches: list[tuple[int, tuple[str, ...] | None]] = [(NUM_WARPS, None)]
         if state == u8:  # with four warps they spill on NVIDIA; on AMD a warp is twice as wide
