@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-import gradsmith_kernels.linear.op  # noqa: F401 - registers gradsmith::linear
+from gradsmith_kernels.linear import op
 
 __all__ = ["linear"]
 
@@ -37,5 +36,5 @@ def linear(
         TypeError: a dtype is not one of the above.
         BackendError: the backend cannot run here.
     """
-    y: Tensor = torch.ops.gradsmith.linear.default(x, weight, bias, backend)
+    y: Tensor = op.LINEAR(x, weight, bias, backend)
     return y
