@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C import _functorch
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 Kernel = Callable[..., Any]
@@ -76,7 +77,7 @@ def differentiable(
     def over_samples(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
         """vmap's rule for every op: one call for each sample, with that sample's own results."""
         results = [
-            recorded(*(_sample(*pair, i) for pair in zip(arguments, in_dims, strict=True)))
+            operator(*(_sample(*pair, i) for pair in zip(arguments, in_dims, strict=True)))
             for i in range(info.batch_size)
         ]
         if isinstance(results[0], Tensor):
@@ -89,7 +90,13 @@ def differentiable(
 
         @staticmethod
         def forward(*arguments: Any) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
+            # Transforms farther out take derivatives of this one, with modes of their own.
+            outer = torch._C._are_functorch_transforms_active()
+            with (
+                torch._C._AutoDispatchBelowAutograd(),
+                torch.set_grad_enabled(outer),
+                forward_ad._set_fwd_grad_enabled(outer),
+            ):
                 return operator(*arguments)
 
         @staticmethod
@@ -118,8 +125,6 @@ def differentiable(
                 "torch.autograd.forward_ad); torch.func.vjp and jacrev work"
             )
 
-        vmap = staticmethod(over_samples)
-
     class Direct(Recorded):
         """The same, where the dispatcher has nothing to add."""
 
@@ -135,17 +140,19 @@ def differentiable(
 
     for recording in (Recorded, Direct):
         recording.__name__ = recording.__qualname__ = name
-    # Function.apply without its transforms, and without reading forward's signature each time.
+    # Function.apply without its own way through transforms, and without reading signatures.
     apply_recorded, apply_direct = (
         super(torch.autograd.Function, cls).apply for cls in (Recorded, Direct)
     )
 
     def recorded(*arguments: Any) -> Any:
-        """By the transforms of torch.func, by autograd, or neither."""
-        arguments = (*arguments, *defaults[len(arguments) :])
-        if torch._C._are_functorch_transforms_active():
-            return Recorded.apply(*arguments)  # type: ignore[no-untyped-call]
+        """What the dispatcher calls first: into the graph of autograd, or past it."""
         if _records(arguments):
+            arguments = (*arguments, *defaults[len(arguments) :])
+            if torch._C._are_functorch_transforms_active():
+                # The dispatcher goes through the transforms one by one. This is one of them.
+                with enable_single_level_autograd_function():
+                    return apply_recorded(*arguments)
             result = None if instead is None else instead(*arguments)
             return apply_recorded(*arguments) if result is None else result
         with torch._C._AutoDispatchBelowAutograd():
@@ -156,8 +163,6 @@ def differentiable(
             return operator(*arguments)
         kinds = tuple(map(type, arguments))
         if kinds not in known or _watched() or arguments[0].is_meta:
-            if torch._C._are_functorch_transforms_active():
-                return recorded(*arguments)
             result = operator(*arguments)
             if _PLAIN.issuperset(kinds):
                 known.add(kinds)

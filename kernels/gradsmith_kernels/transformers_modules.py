@@ -58,7 +58,7 @@ def subclass(cls: type[Any], make: Maker) -> type[Any]:
         functools.update_wrapper(forward, cls.forward)  # the HF Trainer reads its signature
         _made[cls, make] = type(
             cls.__name__,
-            (Accelerated, cls),
+            (cls,) if issubclass(cls, Accelerated) else (Accelerated, cls),
             {
                 "forward": forward,
                 "__module__": cls.__module__,

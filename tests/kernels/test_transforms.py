@@ -98,9 +98,9 @@ def test_grad_vjp_jacrev(op):
 
     def results(function):
         _, pull = vjp(function, *arguments)
-        upstream = normal(*function(*arguments).shape)
+        upstream = function(*arguments).cos()
         of_sum = grad(lambda *a: function(*a).sin().sum(), every)
-        jacobian = jacrev(lambda x: function(x, *arguments[1:]).sum(-1))
+        jacobian = jacrev(lambda x: function(x, *arguments[1:])[..., None].sum(-1))
         return of_sum(*arguments), pull(upstream), jacobian(arguments[0])
 
     close(results(ours), results(theirs))
@@ -223,7 +223,7 @@ def test_what_the_schema_refuses_is_refused_each_time():
     rms_norm(x, weight)
     for _ in range(2):
         with pytest.raises(RuntimeError, match=r"gradsmith::rms_norm.*weight"):
-            rms_norm(x, None)
+            rms_norm(x, weight.numpy())
 
 
 def test_a_view_that_negates():
