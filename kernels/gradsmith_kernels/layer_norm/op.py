@@ -40,7 +40,7 @@ torch.library.define(
 
 
 def _empty(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _empty_statistics(x: Tensor) -> Tensor:

@@ -28,8 +28,8 @@ def linear(
             None chooses as above.
 
     Returns:
-        y: (..., N), contiguous, of x's dtype. Sums are in float32 and rounded once; on
-        the cpu backend the same inputs give the same bits for any number of threads.
+        y: (..., N), contiguous, of x's dtype, under autocast too. Sums are in float32 and rounded
+        once; on the cpu backend the same inputs give the same bits for any number of threads.
 
     Raises:
         ValueError: shapes or devices do not fit.

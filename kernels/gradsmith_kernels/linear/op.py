@@ -128,9 +128,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], _: Tensor) -> None:
     ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
 
 
-def _of_linear(
-    ctx: Any, saved: tuple[Tensor | None, ...], dy: Tensor
-) -> tuple[Tensor | None, ...]:
+def _of_linear(ctx: Any, saved: tuple[Tensor | None, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
     # Stands in, without memory, for a tensor of which the products read the shape alone.
     x, weight = (
         dy.new_empty(1).expand(shape) if tensor is None else tensor
