@@ -141,9 +141,9 @@ def differentiable(
     for recording in (Recorded, Direct):
         recording.__name__ = recording.__qualname__ = name
     # Function.apply without its own way through transforms, and without reading signatures.
-    apply_recorded, apply_direct = (
-        super(torch.autograd.Function, cls).apply for cls in (Recorded, Direct)
-    )
+    base: Any = torch.autograd.Function
+    apply_recorded: Kernel = super(base, Recorded).apply
+    apply_direct: Kernel = super(base, Direct).apply
 
     def recorded(*arguments: Any) -> Any:
         """What the dispatcher calls first: into the graph of autograd, or past it."""
