@@ -146,6 +146,15 @@ def _accelerate_attention(model: nn.Module, report: Report) -> None:
         report._undo.append(
             functools.partial(setattr, config, "_attn_implementation", {"": before})
         )
+        if before == "eager":
+            report._undo += [
+                transformers_modules.exchange(
+                    part,
+                    transformers_modules.subclass(type(part), transformers_attention.with_weights),
+                )
+                for part in module.modules()
+                if isinstance(part, transformers.PreTrainedModel) and part.config is config
+            ]
 
 
 def _unfit_attention(model: Any) -> str | None:

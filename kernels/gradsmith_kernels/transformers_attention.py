@@ -106,6 +106,25 @@ def _masking() -> Any:
     return importlib.import_module("transformers.masking_utils")
 
 
+def with_weights(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward of a model whose attention was eager: a call that asks for the attention's
+    weights, which the kernels do not keep, gets them from there."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        config, wanted = self.config, kwargs.get("output_attentions")
+        if wanted is None:
+            wanted = config.output_attentions
+        if not wanted or config._attn_implementation != NAME:
+            return original(self, *args, **kwargs)
+        config._attn_implementation = {"": "eager"}
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            config._attn_implementation = {"": NAME}
+
+    return forward
+
+
 # ------------------------------------------------------------------------------------- the mask
 
 

@@ -3,7 +3,8 @@
 A model that is trained with labels computes its loss from all logits in float32. Here its class is
 given a `forward` that hands the hidden states and the labels to `lm_head` instead, and lm_head's
 class one that computes the loss. So whoever hooks into lm_head (DeepSpeed's ZeRO-3 gathers its
-weight there) still does. Without labels, in evaluation, or when some logits are asked for, the
+weight there) still does. Without labels, in evaluation, when some logits are asked for, when
+somebody has given the model another loss, or when hooks on lm_head are to see its logits, the
 model's own forward runs.
 """
 
@@ -19,14 +20,15 @@ from torch import Tensor, nn
 from gradsmith_kernels import backends
 from gradsmith_kernels.linear_cross_entropy import linear_cross_entropy
 from gradsmith_kernels.linear_cross_entropy.op import FLOATS, OP
-from gradsmith_kernels.transformers_modules import Accelerated, exchange, subclass
+from gradsmith_kernels.transformers_modules import Accelerated, exchange, subclass, watched
 
-# Classes whose logits are lm_head's of the last hidden state, with Gemma's softcap at most, and
-# whose loss is transformers' ForCausalLMLoss. Others scale the logits (Granite, Cohere) or add to
-# the loss (mixtures of experts).
+# Those that cap their logits if their config has final_logit_softcapping.
+CAPPED = ("Gemma2ForCausalLM", "Gemma3ForCausalLM")
+# Classes whose logits are lm_head's of the last hidden state, with that cap at most, and whose
+# loss is transformers' ForCausalLMLoss. Others scale the logits (Granite, Cohere) or add to the
+# loss (mixtures of experts).
 MODELS = (
-    "Gemma2ForCausalLM",
-    "Gemma3ForCausalLM",
+    *CAPPED,
     "GPT2LMHeadModel",
     "LlamaForCausalLM",
     "MistralForCausalLM",
@@ -46,7 +48,7 @@ def looks_like_one(module: nn.Module) -> bool:
 def unfit(model: Any) -> str | None:
     """Why a causal model of transformers computes its loss as before."""
     cls, head = type(model), model.lm_head
-    if isinstance(model, Accelerated):
+    if type(head) is _Head:
         return "already accelerated"
     if not cls.__module__.startswith("transformers.models.") or cls.__name__ not in MODELS:
         return f"{cls.__name__} is not a class whose loss is known to be lm_head's cross-entropy"
@@ -54,7 +56,7 @@ def unfit(model: Any) -> str | None:
         return f"its lm_head is a {type(head).__module__}.{type(head).__name__}, not a plain Linear"
     if "forward" in vars(model):
         return "somebody has given the model a forward of its own"
-    if vars(model).get("_loss_function") is not None:
+    if not _has_causal_loss(model):
         return "somebody has given it another loss"
     if head.weight.device.type == "meta":
         return "its lm_head is on the meta device: accelerate the model after loading it"
@@ -65,6 +67,10 @@ def unfit(model: Any) -> str | None:
     except backends.BackendError as error:
         return str(error)
     return None
+
+
+def _has_causal_loss(model: Any) -> bool:
+    return model.loss_function is sys.modules["transformers"].loss.loss_utils.ForCausalLMLoss
 
 
 def replace(model: Any) -> list[Callable[[], None]]:
@@ -92,6 +98,8 @@ def _with_loss(original: Any) -> Any:
         plain = (
             not self.training
             or type(self.lm_head) is not _Head  # replaced since, by peft for instance
+            or watched(self.lm_head)
+            or not _has_causal_loss(self)
             or not isinstance(kwargs.get("logits_to_keep", 0), int)
             or kwargs.get("logits_to_keep", 0) != 0
             or kwargs.get("return_dict", self.config.return_dict) is False
@@ -120,7 +128,7 @@ def _forward(
     loss = self.lm_head(
         outputs.last_hidden_state,
         target=shift_labels.to(outputs.last_hidden_state.device),
-        softcap=getattr(self.config, "final_logit_softcapping", None) or 0.0,
+        softcap=(type(self).__name__ in CAPPED and self.config.final_logit_softcapping) or 0.0,
         ignore_index=ignore_index,
         reduction="mean" if num_items_in_batch is None else "sum",
     )

@@ -58,13 +58,13 @@ def subclass(cls: type[Any], make: Maker) -> type[Any]:
         functools.update_wrapper(forward, cls.forward)  # the HF Trainer reads its signature
         _made[cls, make] = type(
             cls.__name__,
-            (Accelerated, cls),
+            (cls,) if issubclass(cls, Accelerated) else (Accelerated, cls),
             {
                 "forward": forward,
                 "__module__": cls.__module__,
                 "__qualname__": cls.__qualname__,
                 "__reduce_ex__": _reduce,
-                "_made_of": (cls, make),
+                "_made_of": (*getattr(cls, "_made_of", (cls,)), make),
             },
         )
     return _made[cls, make]
@@ -76,9 +76,10 @@ def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
     return (_new, self._made_of, *reduced[2:])
 
 
-def _new(cls: type[Any], make: Maker) -> Any:
-    made: Any = subclass(cls, make)
-    return made.__new__(made)
+def _new(cls: Any, *makers: Maker) -> Any:
+    for make in makers:
+        cls = subclass(cls, make)
+    return cls.__new__(cls)
 
 
 def exchange(module: nn.Module, cls: type[nn.Module]) -> Callable[[], None]:
@@ -144,6 +145,22 @@ def _conv_next_layer_norm(original: Forward) -> Forward:
 # ------------------------------------------------------------------------------- linear layers
 
 
+def watched(module: nn.Module) -> bool:
+    """Whether somebody's hooks see what a module is given and gives, or change it.
+
+    Those of DeepSpeed are not counted: under ZeRO-3 every module has them, to gather its weights.
+    """
+    hooks = (
+        *module._forward_pre_hooks.values(),
+        *module._forward_hooks.values(),
+        *module._backward_pre_hooks.values(),
+        *module._backward_hooks.values(),
+    )
+    return any(
+        not (getattr(hook, "__module__", None) or "").startswith("deepspeed.") for hook in hooks
+    )
+
+
 def _linear(original: Forward) -> Forward:
     def forward(self: Any, input: Tensor) -> Any:
         if input.dtype != self.weight.dtype or torch.is_autocast_enabled(input.device.type):
@@ -172,19 +189,9 @@ def _is_known(activation: nn.Module) -> bool:
 def _fuses(activation: nn.Module) -> bool:
     """Whether an activation may be computed without calling it: it is known, and nobody watches it.
 
-    The hooks of DeepSpeed, which has them on every module under ZeRO-3, gather weights; here are
-    none.
+    (What DeepSpeed's hooks gather are weights; here are none.)
     """
-    hooks = (
-        *activation._forward_pre_hooks.values(),
-        *activation._forward_hooks.values(),
-        *activation._backward_pre_hooks.values(),
-        *activation._backward_hooks.values(),
-    )
-    watched = any(
-        not (getattr(hook, "__module__", None) or "").startswith("deepspeed.") for hook in hooks
-    )
-    return _is_known(activation) and not watched
+    return _is_known(activation) and not watched(activation)
 
 
 def _glu(activation: nn.Module, gate: Tensor, up: Tensor) -> Tensor:

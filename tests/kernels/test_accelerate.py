@@ -417,6 +417,32 @@ def test_eager_attention_is_replaced_and_comes_back():
     assert model.config._attn_implementation == "eager"
 
 
+@pytest.mark.parametrize("kind", ["Llama", "GPT2"])
+def test_eager_attention_gives_its_weights_to_a_call_that_asks_for_them(kind):
+    model = tiny(kind, attn_implementation="eager").eval()
+    tokens = torch.arange(20).reshape(2, 10)
+    mask = torch.ones_like(tokens)
+    mask[0, :3] = 0
+    asked = {"input_ids": tokens, "attention_mask": mask, "output_attentions": True}
+
+    def weights(model):
+        return [*model(**asked).attentions, *model.base_model(**asked).attentions]
+
+    expected = weights(model)
+    assert expected[0].shape == (2, 4, 10, 10)
+    report = accelerate(model)
+    assert {"attention", "linear_cross_entropy"} <= ops_in(report).keys()
+    for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        for one, other in zip(weights(twin), expected, strict=True):
+            torch.testing.assert_close(one, other)
+        assert twin.config._attn_implementation == "gradsmith"
+        assert not twin(input_ids=tokens).attentions
+    before = type(model)
+    report.undo()
+    assert type(model) is not before
+    assert model.config._attn_implementation == "eager"
+
+
 def test_a_model_of_models_has_an_entry_for_each():
     text = tiny().config
     vision = transformers.SiglipVisionConfig(

@@ -90,14 +90,69 @@ def test_names_signature_and_undo(tmp_path):
     assert {name: type(module) for name, module in model.named_modules()} == before
 
 
-def test_hooks_on_lm_head_run_around_the_loss():
-    """As DeepSpeed's do, which gather the weight and let it go again."""
+def test_hooks_of_deepspeed_on_lm_head_run_around_the_loss():
+    """They gather the weight and let it go again."""
     model, seen = tiny(), []
-    model.lm_head.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].shape))
-    model.lm_head.register_forward_hook(lambda _, arguments, output: seen.append(output.shape))
+
+    def before(_, arguments):
+        seen.append(arguments[0].shape)
+
+    def after(_, arguments, output):
+        seen.append(output.shape)
+
+    before.__module__ = after.__module__ = "deepspeed.runtime.zero.parameter_offload"
+    model.lm_head.register_forward_pre_hook(before)
+    model.lm_head.register_forward_hook(after)
     fuse(model)
     loss_and_gradients(model)
     assert seen == [(2, 20, 32), ()]
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_other_hooks_on_lm_head_see_the_logits_and_may_change_them(kind, late):
+    def result(accelerated):
+        model, seen = tiny(), []
+
+        def hook(_, *given):
+            tensor = given[-1][0] if isinstance(given[-1], tuple) else given[-1]
+            seen.append(tensor.shape)
+            return None if "backward" in kind else tensor / 2
+
+        if accelerated and late:
+            assert fuse(model).replaced
+        getattr(model.lm_head, f"register_{kind}_hook")(hook)
+        if accelerated and not late:
+            assert fuse(model).replaced
+        return *loss_and_gradients(model), seen
+
+    (expected, gradients, seen), (output, ours, ours_seen) = result(False), result(True)
+    assert ours_seen == seen
+    assert seen[0][:2] == (2, 20)
+    assert torch.equal(output.loss, expected.loss)
+    assert torch.equal(output.logits, expected.logits)
+    assert all(torch.equal(one, other) for one, other in zip(ours, gradients, strict=True))
+
+
+def test_a_loss_that_is_given_later_is_the_loss():
+    model = tiny()
+    fuse(model)
+    usual = model(input_ids=TOKENS, labels=LABELS).loss
+    model.loss_function = lambda logits, *_, **__: logits.mean() + 40
+    output = model(input_ids=TOKENS, labels=LABELS)
+    assert torch.equal(output.loss, output.logits.mean() + 40)
+    del model._loss_function
+    assert torch.equal(model(input_ids=TOKENS, labels=LABELS).loss, usual)
+
+
+@pytest.mark.parametrize("config", ["LlamaConfig", "Qwen3Config", "GPT2Config", "Gemma2Config"])
+def test_logits_are_capped_where_transformers_caps_them(config):
+    model = tiny(config, final_logit_softcapping=0.01)
+    expected, _ = loss_and_gradients(model)
+    fuse(model)
+    output, _ = loss_and_gradients(model)
+    assert output.logits is None
+    torch.testing.assert_close(output.loss, expected.loss)
 
 
 def test_under_autocast_it_computes_in_that_dtype():

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradsmith_kernels.attention.reference import Options, rest_shape, statistics_shape
 from gradsmith_kernels.backends import Implementation, Op
-from gradsmith_kernels.registration import register, without_second_derivative
+from gradsmith_kernels.registration import differentiable
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_SIZE = 256
@@ -87,7 +87,7 @@ def call(
         else:
             seed = torch.tensor(dropout_seed, dtype=torch.int64, device=q.device)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    out, lse, _ = torch.ops.gradsmith.attention.default(
+    out, lse, _ = ATTENTION(
         q,
         k,
         v,
@@ -299,31 +299,25 @@ def _attention_backward_fake(
     return dq, dk, dv, lse.new_empty(lse.shape)
 
 
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            out, lse, rest = torch.ops.gradsmith.attention.default(*args)
-        q, k, v, cu_seqlens_q, cu_seqlens_k, sink, seed, *ctx.options = args
-        ctx.save_for_backward(q, k, v, out, lse, rest, cu_seqlens_q, cu_seqlens_k, sink, seed)
-        ctx.mark_non_differentiable(rest)
-        ctx.set_materialize_grads(False)
-        return out, lse, rest
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, cu_seqlens_q, cu_seqlens_k, sink, seed, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_k, sink, seed)
+    ctx.mark_non_differentiable(output[2])
 
-    @staticmethod
-    def backward(
-        ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None
-    ) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, rest, cu_seqlens_q, cu_seqlens_k, sink, seed = ctx.saved_tensors
-        if dout is None:
-            dout = torch.zeros_like(out)
-        dq, dk, dv, delta = torch.ops.gradsmith.attention_backward.default(
-            dout, dlse, q, k, v, out, lse, rest, cu_seqlens_q, cu_seqlens_k, seed, *ctx.options
-        )
-        dsink = None
-        if sink is not None and ctx.needs_input_grad[5]:
-            dsink = _sink_gradient(sink, lse, rest, delta)
-        return dq, dk, dv, None, None, dsink, None, *[None] * len(ctx.options)
+
+def _of_attention(
+    ctx: Any, saved: tuple[Any, ...], dout: Tensor | None, dlse: Tensor | None, _: None
+) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse, rest, cu_seqlens_q, cu_seqlens_k, sink, seed = saved
+    if dout is None:
+        dout = torch.zeros_like(out)
+    dq, dk, dv, delta = BACKWARD(
+        dout, dlse, q, k, v, out, lse, rest, cu_seqlens_q, cu_seqlens_k, seed, *ctx.options
+    )
+    dsink = None
+    if sink is not None and ctx.needs_input_grad[5]:
+        dsink = _sink_gradient(sink, lse, rest, delta)
+    return dq, dk, dv, None, None, dsink, None, *[None] * len(ctx.options)
 
 
 def _sink_gradient(sink: Tensor, lse: Tensor, rest: Tensor, delta: Tensor) -> Tensor:
@@ -337,15 +331,5 @@ def _sink_gradient(sink: Tensor, lse: Tensor, rest: Tensor, delta: Tensor) -> Te
     return (terms.sum((0, 2)) if terms.dim() == 3 else terms.sum(1)).to(sink.dtype)
 
 
-def _attention_autograd(*args: Any) -> Any:
-    apply: Any = _Attention.apply  # untyped in torch, and it takes no keywords
-    return apply(*args)
-
-
-register("attention", _attention, _attention_fake, _attention_autograd)
-register(
-    "attention_backward",
-    _attention_backward,
-    _attention_backward_fake,
-    without_second_derivative(torch.ops.gradsmith.attention_backward.default, "attention has"),
-)
+ATTENTION = differentiable("attention", _attention, _attention_fake, _setup, _of_attention)
+BACKWARD = differentiable("attention_backward", _attention_backward, _attention_backward_fake)

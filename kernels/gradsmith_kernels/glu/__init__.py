@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-import gradsmith_kernels.glu.op  # noqa: F401 - registers gradsmith::glu
+from gradsmith_kernels.glu import op
 
 __all__ = ["geglu", "swiglu"]
 
@@ -36,7 +35,7 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
         TypeError: a dtype is not one of the above, or the two differ.
         BackendError: the backend cannot run here.
     """
-    y: Tensor = torch.ops.gradsmith.glu.default(gate, up, "silu", backend)
+    y: Tensor = op.GLU(gate, up, "silu", backend)
     return y
 
 
@@ -67,5 +66,5 @@ def geglu(
     if approximate not in ("none", "tanh"):
         raise ValueError(f"geglu: approximate is {approximate!r}; it must be 'none' or 'tanh'")
     activation = "gelu_tanh" if approximate == "tanh" else "gelu"
-    y: Tensor = torch.ops.gradsmith.glu.default(gate, up, activation, backend)
+    y: Tensor = op.GLU(gate, up, activation, backend)
     return y

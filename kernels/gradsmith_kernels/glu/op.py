@@ -8,11 +8,7 @@ import torch
 from torch import Tensor
 
 from gradsmith_kernels.backends import Implementation, Op
-from gradsmith_kernels.registration import (
-    differentiable,
-    register,
-    without_second_derivative,
-)
+from gradsmith_kernels.registration import differentiable
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # The activation -> the public function that takes it, for messages.
@@ -101,39 +97,17 @@ def _glu_backward_fake(
     return dgate, gate.new_empty(gate.shape if need_dup else (0,))
 
 
-class _Glu(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str, backend: str | None) -> Tensor:
-        with torch._C._AutoDispatchBelowAutograd():
-            y: Tensor = torch.ops.gradsmith.glu.default(gate, up, activation, backend)
-        ctx.save_for_backward(gate, up)
-        ctx.activation, ctx.backend = activation, backend
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        need_dgate, need_dup, *_ = ctx.needs_input_grad
-        dgate, dup = torch.ops.gradsmith.glu_backward.default(
-            dy, *ctx.saved_tensors, ctx.activation, need_dgate, need_dup, ctx.backend
-        )
-        return dgate if need_dgate else None, dup if need_dup else None, None, None
+def _setup(ctx: Any, inputs: tuple[Any, ...], _: Tensor) -> None:
+    gate, up, ctx.activation, ctx.backend = inputs
+    ctx.save_for_backward(gate, up)
 
 
-def _glu_autograd(gate: Tensor, up: Tensor, activation: str, backend: str | None = None) -> Tensor:
-    y: Tensor
-    if differentiable(gate, up):
-        apply: Any = _Glu.apply  # untyped in torch
-        y = apply(gate, up, activation, backend)
-        return y
-    with torch._C._AutoDispatchBelowAutograd():
-        y = torch.ops.gradsmith.glu.default(gate, up, activation, backend)
-    return y
+def _of_glu(ctx: Any, saved: tuple[Tensor, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
+    need_dgate, need_dup, *_ = ctx.needs_input_grad
+    dgate, dup = BACKWARD(dy, *saved, ctx.activation, need_dgate, need_dup, ctx.backend)
+    return dgate if need_dgate else None, dup if need_dup else None, None, None
 
 
-register("glu", _glu, _glu_fake, _glu_autograd)
-register(
-    "glu_backward",
-    _glu_backward,
-    _glu_backward_fake,
-    without_second_derivative(torch.ops.gradsmith.glu_backward.default, "swiglu and geglu have"),
-)
+TITLE = "glu (swiglu, geglu)"
+GLU = differentiable("glu", _glu, _glu_fake, _setup, _of_glu, title=TITLE)
+BACKWARD = differentiable("glu_backward", _glu_backward, _glu_backward_fake, title=TITLE)

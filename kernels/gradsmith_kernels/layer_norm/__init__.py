@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import overload
 
-import torch
 from torch import Tensor
 
-import gradsmith_kernels.layer_norm.op  # noqa: F401 - registers gradsmith::layer_norm
+from gradsmith_kernels.layer_norm import op
 
 __all__ = ["layer_norm"]
 
@@ -74,7 +73,7 @@ def layer_norm(
     y: Tensor
     h: Tensor
     if residual is None:
-        y, _ = torch.ops.gradsmith.layer_norm.default(x, weight, bias, eps, backend)
+        y, _ = op.LAYER_NORM(x, weight, bias, eps, backend)
         return y
-    y, h, _ = torch.ops.gradsmith.add_layer_norm.default(x, residual, weight, bias, eps, backend)
+    y, h, _ = op.ADD_LAYER_NORM(x, residual, weight, bias, eps, backend)
     return y, h

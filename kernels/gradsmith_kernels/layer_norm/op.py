@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gradsmith_kernels.backends import Implementation, Op
-from gradsmith_kernels.registration import register, without_second_derivative
+from gradsmith_kernels.registration import differentiable
 from gradsmith_kernels.rms_norm.op import FLOATS, check_norm
 
 OP = Op(
@@ -40,7 +40,7 @@ torch.library.define(
 
 
 def _empty(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _empty_statistics(x: Tensor) -> Tensor:
@@ -130,92 +130,53 @@ def _layer_norm_backward_fake(
     return empty_gradients(h, weight, bias, needed)
 
 
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Of both operators: the last output but the statistics is h where there is a residual."""
+    *tensors, weight, bias, _, ctx.backend = inputs
+    *_, h, statistics = output
+    ctx.save_for_backward(h if len(tensors) > 1 else tensors[0], weight, bias, statistics)
+    ctx.mark_non_differentiable(statistics)
+
+
 def _gradients(
-    ctx: Any, dy: Tensor, dh: Tensor | None, needed: list[bool]
+    ctx: Any,
+    saved: tuple[Tensor, ...],
+    dy: Tensor | None,
+    dh: Tensor | None,
+    needed: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """dx, dweight, dbias; None for what is not needed."""
-    h, weight, bias, statistics = ctx.saved_tensors
-    gradients = torch.ops.gradsmith.layer_norm_backward.default(
-        dy, dh, h, weight, bias, statistics, needed, ctx.backend
+    if dy is None:  # nobody used y
+        dy = torch.zeros_like(saved[0])
+    dx, dweight, dbias = BACKWARD(dy, dh, *saved, needed, ctx.backend)
+    return (
+        dx if needed[0] else None,
+        dweight if needed[1] else None,
+        dbias if needed[2] else None,
     )
-    return tuple(g if need else None for g, need in zip(gradients, needed, strict=True))
 
 
-class _LayerNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        eps: float,
-        backend: str | None,
-    ) -> tuple[Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            y, statistics = torch.ops.gradsmith.layer_norm.default(x, weight, bias, eps, backend)
-        ctx.save_for_backward(x, weight, bias, statistics)
-        ctx.mark_non_differentiable(statistics)
-        ctx.backend = backend
-        return y, statistics
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return *_gradients(ctx, dy, None, ctx.needs_input_grad[:3]), None, None
+def _of_layer_norm(
+    ctx: Any, saved: tuple[Tensor, ...], dy: Tensor, _: None
+) -> tuple[Tensor | None, ...]:
+    return *_gradients(ctx, saved, dy, None, ctx.needs_input_grad[:3]), None, None
 
 
-class _AddLayerNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        residual: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        eps: float,
-        backend: str | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            y, h, statistics = torch.ops.gradsmith.add_layer_norm.default(
-                x, residual, weight, bias, eps, backend
-            )
-        ctx.save_for_backward(h, weight, bias, statistics)
-        ctx.mark_non_differentiable(statistics)
-        ctx.backend = backend
-        return y, h, statistics
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor, dh: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        x, residual, weight, bias = ctx.needs_input_grad[:4]
-        dx, dweight, dbias = _gradients(ctx, dy, dh, [x or residual, weight, bias])
-        return dx, dx, dweight, dbias, None, None
+def _of_add_layer_norm(
+    ctx: Any, saved: tuple[Tensor, ...], dy: Tensor | None, dh: Tensor | None, _: None
+) -> tuple[Tensor | None, ...]:
+    x, residual, weight, bias = ctx.needs_input_grad[:4]
+    dx, dweight, dbias = _gradients(ctx, saved, dy, dh, (x or residual, weight, bias))
+    return dx, dx, dweight, dbias, None, None
 
 
-def _layer_norm_autograd(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, backend: str | None = None
-) -> tuple[Tensor, Tensor]:
-    apply: Any = _LayerNorm.apply  # untyped in torch
-    y, statistics = apply(x, weight, bias, eps, backend)
-    return y, statistics
-
-
-def _add_layer_norm_autograd(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    apply: Any = _AddLayerNorm.apply  # untyped in torch
-    y, h, statistics = apply(x, residual, weight, bias, eps, backend)
-    return y, h, statistics
-
-
-register("layer_norm", _layer_norm, _layer_norm_fake, _layer_norm_autograd)
-register("add_layer_norm", _add_layer_norm, _add_layer_norm_fake, _add_layer_norm_autograd)
-register(
-    "layer_norm_backward",
-    _layer_norm_backward,
-    _layer_norm_backward_fake,
-    without_second_derivative(torch.ops.gradsmith.layer_norm_backward.default, "layer_norm has"),
+LAYER_NORM = differentiable("layer_norm", _layer_norm, _layer_norm_fake, _setup, _of_layer_norm)
+ADD_LAYER_NORM = differentiable(
+    "add_layer_norm",
+    _add_layer_norm,
+    _add_layer_norm_fake,
+    _setup,
+    _of_add_layer_norm,
+    title="layer_norm",
 )
+BACKWARD = differentiable("layer_norm_backward", _layer_norm_backward, _layer_norm_backward_fake)

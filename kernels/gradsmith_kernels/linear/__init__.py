@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-import gradsmith_kernels.linear.op  # noqa: F401 - registers gradsmith::linear
+from gradsmith_kernels.linear import op
 
 __all__ = ["linear"]
 
@@ -30,13 +29,13 @@ def linear(
             bfloat16, float16); None chooses as above.
 
     Returns:
-        y: (..., N), contiguous, of x's dtype. Sums are in float32 and rounded once; on
-        the cpu backend the same inputs give the same bits for any number of threads.
+        y: (..., N), contiguous, of x's dtype, under autocast too. Sums are in float32 and rounded
+        once; on the cpu backend the same inputs give the same bits for any number of threads.
 
     Raises:
         ValueError: shapes or devices do not fit.
         TypeError: a dtype is not one of the above.
         BackendError: the backend cannot run here.
     """
-    y: Tensor = torch.ops.gradsmith.linear.default(x, weight, bias, backend)
+    y: Tensor = op.LINEAR(x, weight, bias, backend)
     return y

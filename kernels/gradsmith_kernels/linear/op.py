@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradsmith_kernels.backends import Implementation, Op, native
-from gradsmith_kernels.registration import register, without_second_derivative
+from gradsmith_kernels.registration import differentiable
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -136,44 +136,23 @@ def _linear_backward_fake(
     )
 
 
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None
-    ) -> Tensor:
-        # What no gradient needs is not kept: x under frozen weights, weight under frozen inputs.
-        of_x, of_weight, of_bias, _ = ctx.needs_input_grad
-        ctx.needs, ctx.backend = (of_x, of_weight, of_bias), backend
-        ctx.shapes = x.shape, weight.shape
-        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
-        with torch._C._AutoDispatchBelowAutograd():
-            y: Tensor = torch.ops.gradsmith.linear.default(x, weight, bias, backend)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        # Stands in, without memory, for a tensor of which the products read the shape alone.
-        x, weight = (
-            dy.new_empty(1).expand(shape) if tensor is None else tensor
-            for tensor, shape in zip((x, weight), ctx.shapes, strict=True)
-        )
-        gradients = torch.ops.gradsmith.linear_backward.default(
-            dy, x, weight, *ctx.needs, ctx.backend
-        )
-        return *(d if need else None for d, need in zip(gradients, ctx.needs, strict=True)), None
+def _setup(ctx: Any, inputs: tuple[Any, ...], _: Tensor) -> None:
+    # What no gradient needs is not kept: x under frozen weights, weight under frozen inputs.
+    x, weight, _, ctx.backend = inputs
+    of_x, of_weight, of_bias, _ = ctx.needs_input_grad
+    ctx.needs, ctx.shapes = (of_x, of_weight, of_bias), (x.shape, weight.shape)
+    ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
 
 
-def _linear_autograd(
-    x: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None = None
-) -> Any:
-    return _Linear.apply(x, weight, bias, backend)  # type: ignore[no-untyped-call]
+def _of_linear(ctx: Any, saved: tuple[Tensor | None, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
+    # Stands in, without memory, for a tensor of which the products read the shape alone.
+    x, weight = (
+        dy.new_empty(1).expand(shape) if tensor is None else tensor
+        for tensor, shape in zip(saved, ctx.shapes, strict=True)
+    )
+    gradients = BACKWARD(dy, x, weight, *ctx.needs, ctx.backend)
+    return *(d if need else None for d, need in zip(gradients, ctx.needs, strict=True)), None
 
 
-register("linear", _linear, _linear_fake, _linear_autograd)
-register(
-    "linear_backward",
-    _linear_backward,
-    _linear_backward_fake,
-    without_second_derivative(torch.ops.gradsmith.linear_backward.default, "linear has"),
-)
+LINEAR = differentiable("linear", _linear, _linear_fake, _setup, _of_linear)
+BACKWARD = differentiable("linear_backward", _linear_backward, _linear_backward_fake)

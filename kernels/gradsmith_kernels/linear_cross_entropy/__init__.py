@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-import gradsmith_kernels.linear_cross_entropy.op  # noqa: F401 - registers the operators
+from gradsmith_kernels.linear_cross_entropy import op
 
 __all__ = ["linear_cross_entropy"]
 
@@ -68,7 +67,7 @@ def linear_cross_entropy(
         BackendError: the backend cannot run here.
     """
     loss: Tensor
-    loss, _ = torch.ops.gradsmith.linear_cross_entropy.default(
+    loss, _ = op.LINEAR_CROSS_ENTROPY(
         hidden,
         weight,
         bias,

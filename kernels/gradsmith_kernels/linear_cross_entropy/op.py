@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradsmith_kernels.backends import Implementation, Op
 from gradsmith_kernels.linear_cross_entropy.reference import TILE_ROOM, Options
-from gradsmith_kernels.registration import differentiable, register
+from gradsmith_kernels.registration import differentiable
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 REDUCTIONS = ("mean", "sum", "none")
@@ -360,65 +360,72 @@ def _backward_fake(
     return one, two, three
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        hidden, weight, bias, target, *options = args
-        ctx.needs, ctx.options = ctx.needs_input_grad[:3], options
-        ctx.size, ctx.dtype = hidden.shape[-1], hidden.dtype
-        *_, reduction, _, backend = options
-        module = OP.choose(backend, hidden.device, hidden.dtype)
-        ctx.scales = module.GRADIENTS_IN_FORWARD and reduction != "none"
-        operators = torch.ops.gradsmith
-        with torch._C._AutoDispatchBelowAutograd():
-            if ctx.scales:
-                loss, lse, *sums = operators.linear_cross_entropy_with_gradients.default(
-                    hidden, weight, bias, target, *options[:-1], *ctx.needs, backend
-                )
-                # Not weight: with the sums it is not needed, and ZeRO-3 has taken its memory.
-                ctx.save_for_backward(target, *sums)
-            else:
-                loss, lse = operators.linear_cross_entropy.default(*args)
-                ctx.save_for_backward(lse, hidden, weight, bias, target)
-        ctx.mark_non_differentiable(lse)
-        ctx.set_materialize_grads(False)
-        return loss, lse
-
-    @staticmethod
-    def backward(ctx: Any, dloss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # else what was made in the forward pass would be a constant
-            raise RuntimeError("linear_cross_entropy has no second derivative (create_graph=True)")
-        if dloss is None:
-            return (None,) * (4 + len(ctx.options))
-        ignore_index, *_, reduction, _, backend = ctx.options
-        operators = torch.ops.gradsmith
-        if ctx.scales:
-            gradients = operators.linear_cross_entropy_scale.default(
-                dloss, *ctx.saved_tensors, ctx.size, ctx.dtype, ignore_index, reduction, backend
-            )
-        else:
-            gradients = operators.linear_cross_entropy_backward.default(
-                dloss, *ctx.saved_tensors, *ctx.options[:-1], *ctx.needs, backend
-            )
-        wanted = (d if need else None for d, need in zip(gradients, ctx.needs, strict=True))
-        return *wanted, *(None,) * (1 + len(ctx.options))
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.backend = inputs
+    tensors, ctx.options = tensors[:4], tensors[4:]
+    ctx.save_for_backward(output[1], *tensors)
+    ctx.mark_non_differentiable(output[1])
 
 
-def _linear_cross_entropy_autograd(*args: Any) -> Any:
-    if not differentiable(*args):
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.gradsmith.linear_cross_entropy.default(*args)
-    backend = args[10] if len(args) > 10 else None
-    apply: Any = _LinearCrossEntropy.apply  # untyped in torch
-    return apply(*args[:10], backend)
+def _of_linear_cross_entropy(
+    ctx: Any, saved: tuple[Any, ...], dloss: Tensor, _: None
+) -> tuple[Tensor | None, ...]:
+    needs = ctx.needs_input_grad[:3]
+    gradients = BACKWARD(dloss, *saved, *ctx.options, *needs, ctx.backend)
+    return *_needed(gradients, needs), *(None,) * (2 + len(ctx.options))
 
 
-register(
+def _setup_sums(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, _, _, target, ctx.ignore_index, *_, reduction, _, n1, n2, n3, ctx.backend = inputs
+    ctx.needs, ctx.reduction = (n1, n2, n3), reduction
+    ctx.size, ctx.dtype = hidden.shape[-1], hidden.dtype
+    _, lse, *sums = output
+    # Not weight: with the sums it is not needed, and ZeRO-3 has taken its memory. The sums count
+    # as differentiable, so that a second derivative is refused instead of being 0.
+    ctx.save_for_backward(target, *sums)
+    ctx.mark_non_differentiable(lse)
+
+
+def _of_sums(
+    ctx: Any, saved: tuple[Tensor, ...], dloss: Tensor, *_: None
+) -> tuple[Tensor | None, ...]:
+    gradients = SCALE(
+        dloss, *saved, ctx.size, ctx.dtype, ctx.ignore_index, ctx.reduction, ctx.backend
+    )
+    return *_needed(gradients, ctx.needs), *(None,) * 11
+
+
+def _needed(gradients: tuple[Tensor, ...], needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    return tuple(d if need else None for d, need in zip(gradients, needs, strict=True))
+
+
+def _with_gradients_instead(*args: Any) -> tuple[Tensor, Tensor] | None:
+    """The loss by a backend that makes its gradients in the forward pass; None with another."""
+    hidden, weight, bias, *_, reduction, _, backend = args
+    module = OP.choose(backend, hidden.device, hidden.dtype)
+    if reduction == "none" or not module.GRADIENTS_IN_FORWARD:
+        return None
+    needs = (x is not None and x.requires_grad for x in (hidden, weight, bias))
+    loss, lse, *_ = WITH_GRADIENTS(*args[:-1], *needs, backend)
+    return loss, lse
+
+
+TITLE = "linear_cross_entropy"
+LINEAR_CROSS_ENTROPY = differentiable(
     "linear_cross_entropy",
     _linear_cross_entropy,
     _linear_cross_entropy_fake,
-    _linear_cross_entropy_autograd,
+    _setup,
+    _of_linear_cross_entropy,
+    instead=_with_gradients_instead,
 )
-register("linear_cross_entropy_with_gradients", _with_gradients, _with_gradients_fake)
-register("linear_cross_entropy_scale", _scale, _scale_fake)
-register("linear_cross_entropy_backward", _backward, _backward_fake)
+WITH_GRADIENTS = differentiable(
+    "linear_cross_entropy_with_gradients",
+    _with_gradients,
+    _with_gradients_fake,
+    _setup_sums,
+    _of_sums,
+    title=TITLE,
+)
+SCALE = differentiable("linear_cross_entropy_scale", _scale, _scale_fake, title=TITLE)
+BACKWARD = differentiable("linear_cross_entropy_backward", _backward, _backward_fake)

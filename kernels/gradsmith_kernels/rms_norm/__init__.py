@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import overload
 
-import torch
 from torch import Tensor
 
-import gradsmith_kernels.rms_norm.op  # noqa: F401 - registers gradsmith::rms_norm
+from gradsmith_kernels.rms_norm import op
 
 __all__ = ["rms_norm"]
 
@@ -73,7 +72,7 @@ def rms_norm(
     y: Tensor
     h: Tensor
     if residual is None:
-        y, _ = torch.ops.gradsmith.rms_norm.default(x, weight, eps, offset, backend)
+        y, _ = op.RMS_NORM(x, weight, eps, offset, backend)
         return y
-    y, h, _ = torch.ops.gradsmith.add_rms_norm.default(x, residual, weight, eps, offset, backend)
+    y, h, _ = op.ADD_RMS_NORM(x, residual, weight, eps, offset, backend)
     return y, h

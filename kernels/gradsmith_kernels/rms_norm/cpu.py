@@ -55,8 +55,9 @@ def backward(
     dweight = torch.empty(cols if need_dweight else 0, dtype=weight.dtype)
     if h.numel() == 0:
         return dx, dweight.zero_()
-    blocks = _native.block_count(rows)
-    partial = torch.empty((blocks, cols) if need_dweight else 0, dtype=torch.float32)
+    partial = None
+    if need_dweight:
+        partial = torch.empty(_native.block_count(rows) * cols, dtype=torch.float32)
     weight = weight.contiguous()
     rstd = rstd.contiguous()
     dy_rows, dy_stride = as_rows(dy)
@@ -72,7 +73,7 @@ def backward(
         weight.data_ptr(),
         rstd.data_ptr(),
         dx.data_ptr(),
-        partial.data_ptr() if need_dweight else 0,
+        0 if partial is None else partial.data_ptr(),
         dweight.data_ptr() if need_dweight else 0,
         rows,
         cols,

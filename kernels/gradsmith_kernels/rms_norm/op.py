@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradsmith_kernels.backends import Implementation, Op
-from gradsmith_kernels.registration import register, without_second_derivative
+from gradsmith_kernels.registration import differentiable
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _DTYPES = frozenset((*FLOATS, torch.float64))
@@ -169,83 +169,40 @@ def _rms_norm_backward_fake(
     return _empty(h), weight.new_empty(weight.shape if need_dweight else (0,))
 
 
-class _RmsNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float, backend: str | None
-    ) -> tuple[Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            y, rstd = torch.ops.gradsmith.rms_norm.default(x, weight, eps, offset, backend)
-        ctx.save_for_backward(x, weight, rstd)
-        ctx.mark_non_differentiable(rstd)
-        ctx.offset, ctx.backend = offset, backend
-        return y, rstd
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, rstd = ctx.saved_tensors
-        need_dweight = ctx.needs_input_grad[1]
-        dx, dweight = torch.ops.gradsmith.rms_norm_backward.default(
-            dy, None, x, weight, rstd, ctx.offset, need_dweight, ctx.backend
-        )
-        return dx, dweight if need_dweight else None, None, None, None
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Of both operators: the last output but rstd is h where there is a residual."""
+    *tensors, weight, _, ctx.offset, ctx.backend = inputs
+    *_, h, rstd = output
+    ctx.save_for_backward(h if len(tensors) > 1 else tensors[0], weight, rstd)
+    ctx.mark_non_differentiable(rstd)
 
 
-class _AddRmsNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        residual: Tensor,
-        weight: Tensor,
-        eps: float,
-        offset: float,
-        backend: str | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            y, h, rstd = torch.ops.gradsmith.add_rms_norm.default(
-                x, residual, weight, eps, offset, backend
-            )
-        ctx.save_for_backward(h, weight, rstd)
-        ctx.mark_non_differentiable(rstd)
-        ctx.offset, ctx.backend = offset, backend
-        return y, h, rstd
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor, dh: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        h, weight, rstd = ctx.saved_tensors
-        need_dweight = ctx.needs_input_grad[2]
-        dx, dweight = torch.ops.gradsmith.rms_norm_backward.default(
-            dy, dh, h, weight, rstd, ctx.offset, need_dweight, ctx.backend
-        )
-        return dx, dx, dweight if need_dweight else None, None, None, None
+def _gradients(
+    ctx: Any, saved: tuple[Tensor, ...], dy: Tensor | None, dh: Tensor | None, need_dweight: bool
+) -> tuple[Tensor, Tensor | None]:
+    h, weight, rstd = saved
+    if dy is None:  # nobody used y
+        dy = torch.zeros_like(h)
+    dx, dweight = BACKWARD(dy, dh, h, weight, rstd, ctx.offset, need_dweight, ctx.backend)
+    return dx, dweight if need_dweight else None
 
 
-def _rms_norm_autograd(
-    x: Tensor, weight: Tensor, eps: float, offset: float, backend: str | None = None
-) -> tuple[Tensor, Tensor]:
-    y, rstd = _RmsNorm.apply(x, weight, eps, offset, backend)  # type: ignore[no-untyped-call]
-    return y, rstd
+def _of_rms_norm(
+    ctx: Any, saved: tuple[Tensor, ...], dy: Tensor, _: None
+) -> tuple[Tensor | None, ...]:
+    dx, dweight = _gradients(ctx, saved, dy, None, ctx.needs_input_grad[1])
+    return dx, dweight, None, None, None
 
 
-def _add_rms_norm_autograd(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    eps: float,
-    offset: float,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    apply: Any = _AddRmsNorm.apply  # untyped in torch
-    y, h, rstd = apply(x, residual, weight, eps, offset, backend)
-    return y, h, rstd
+def _of_add_rms_norm(
+    ctx: Any, saved: tuple[Tensor, ...], dy: Tensor | None, dh: Tensor | None, _: None
+) -> tuple[Tensor | None, ...]:
+    dx, dweight = _gradients(ctx, saved, dy, dh, ctx.needs_input_grad[2])
+    return dx, dx, dweight, None, None, None
 
 
-register("rms_norm", _rms_norm, _rms_norm_fake, _rms_norm_autograd)
-register("add_rms_norm", _add_rms_norm, _add_rms_norm_fake, _add_rms_norm_autograd)
-register(
-    "rms_norm_backward",
-    _rms_norm_backward,
-    _rms_norm_backward_fake,
-    without_second_derivative(torch.ops.gradsmith.rms_norm_backward.default, "rms_norm has"),
+RMS_NORM = differentiable("rms_norm", _rms_norm, _rms_norm_fake, _setup, _of_rms_norm)
+ADD_RMS_NORM = differentiable(
+    "add_rms_norm", _add_rms_norm, _add_rms_norm_fake, _setup, _of_add_rms_norm, title="rms_norm"
 )
+BACKWARD = differentiable("rms_norm_backward", _rms_norm_backward, _rms_norm_backward_fake)

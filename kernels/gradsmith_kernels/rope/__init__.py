@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-import gradsmith_kernels.rope.op  # noqa: F401 - registers gradsmith::rope
+from gradsmith_kernels.rope import op
 
 __all__ = ["rope"]
 
@@ -50,7 +49,5 @@ def rope(
         TypeError: a dtype is not one of the above.
         BackendError: the backend cannot run here.
     """
-    rotated: list[Tensor] = torch.ops.gradsmith.rope.default(
-        [q, k], cos, sin, interleaved, False, backend
-    )
-    return rotated[0], rotated[1]
+    rotated: tuple[Tensor, Tensor] = op.ROPE(q, k, cos, sin, interleaved, False, backend)
+    return rotated

@@ -1,6 +1,6 @@
 """gradsmith::rope: schema, checks, fake, autograd, backends.
 
-The operator rotates a list of tensors in one pass: q and k, or those of their gradients that there
+The operator rotates one or two tensors in one pass: q and k, or those of their gradients that there
 are. A rotation is linear and its gradient is the transposed rotation, so the operator with
 `transposed` flipped is its own backward pass, and that one's as well.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gradsmith_kernels.backends import Implementation, Op
-from gradsmith_kernels.registration import register
+from gradsmith_kernels.registration import differentiable
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 OP = Op(
@@ -25,23 +25,21 @@ OP = Op(
     },
 )
 
+# Without k the second result has the shape (0,).
 torch.library.define(
     "gradsmith::rope",
-    "(Tensor[] x, Tensor cos, Tensor sin, bool interleaved, bool transposed, str? backend=None)"
-    " -> Tensor[]",
+    "(Tensor q, Tensor? k, Tensor cos, Tensor sin, bool interleaved, bool transposed,"
+    " str? backend=None) -> (Tensor, Tensor)",
 )
 
 
-def _check(x: list[Tensor], cos: Tensor, sin: Tensor) -> None:
-    if len(x) not in (1, 2):
-        raise ValueError(f"rope: x holds {len(x)} tensors; it must hold one or two")
-    q = x[0]
+def _check(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor) -> None:
     if q.dtype not in (*FLOATS, torch.float64):
         raise TypeError(f"rope: q is {q.dtype}; it must be float32, bfloat16, float16 or float64")
     if q.dim() != 4:
         raise ValueError(f"rope: q must be (B, S, H, D); it is {tuple(q.shape)}")
     batch, length, _, size = q.shape
-    for k in x[1:]:
+    if k is not None:
         if k.dtype != q.dtype:
             raise TypeError(f"rope: k is {k.dtype}, q is {q.dtype}")
         if k.device != q.device:
@@ -76,79 +74,56 @@ def _check(x: list[Tensor], cos: Tensor, sin: Tensor) -> None:
 
 
 def _rope(
-    x: list[Tensor],
+    q: Tensor,
+    k: Tensor | None,
     cos: Tensor,
     sin: Tensor,
     interleaved: bool,
     transposed: bool,
     backend: str | None = None,
-) -> list[Tensor]:
-    _check(x, cos, sin)
-    result: list[Tensor] = OP.choose(backend, x[0].device, x[0].dtype).rotate(
-        x, cos, sin, interleaved, transposed
-    )
-    return result
+) -> tuple[Tensor, Tensor]:
+    _check(q, k, cos, sin)
+    rotate = OP.choose(backend, q.device, q.dtype).rotate
+    if k is None:
+        return rotate([q], cos, sin, interleaved, transposed)[0], q.new_empty(0)
+    q, k = rotate([q, k], cos, sin, interleaved, transposed)
+    return q, k
 
 
 def _rope_fake(
-    x: list[Tensor],
+    q: Tensor,
+    k: Tensor | None,
     cos: Tensor,
     sin: Tensor,
     interleaved: bool,
     transposed: bool,
     backend: str | None = None,
-) -> list[Tensor]:
-    _check(x, cos, sin)
-    return [tensor.new_empty(tensor.shape) for tensor in x]
+) -> tuple[Tensor, Tensor]:
+    _check(q, k, cos, sin)
+    return q.new_empty(q.shape), q.new_empty(0 if k is None else k.shape)
 
 
-class _Rope(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        cos: Tensor,
-        sin: Tensor,
-        interleaved: bool,
-        transposed: bool,
-        backend: str | None,
-        *x: Tensor,
-    ) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
-            y = torch.ops.gradsmith.rope.default(
-                list(x), cos, sin, interleaved, transposed, backend
-            )
-        ctx.save_for_backward(cos, sin)
-        ctx.set_materialize_grads(False)  # a gradient that does not arrive is not computed
-        ctx.options = interleaved, not transposed, backend
-        return tuple(y)
-
-    @staticmethod
-    def backward(ctx: Any, *dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[-len(dy) :]
-        given = {i: d for i, d in enumerate(dy) if d is not None and needed[i]}
-        dx: list[Tensor | None] = [None] * len(dy)
-        if given:
-            rotated = torch.ops.gradsmith.rope.default(
-                list(given.values()), *ctx.saved_tensors, *ctx.options
-            )
-            for i, tensor in zip(given, rotated, strict=True):
-                dx[i] = tensor
-        return None, None, None, None, None, *dx
-
-
-def _rope_autograd(
-    x: list[Tensor],
-    cos: Tensor,
-    sin: Tensor,
-    interleaved: bool,
-    transposed: bool,
-    backend: str | None = None,
-) -> list[Tensor]:
-    for name, table in (("cos", cos), ("sin", sin)):
-        if table.requires_grad and torch.is_grad_enabled():
+def _setup(ctx: Any, inputs: tuple[Any, ...], _: tuple[Tensor, Tensor]) -> None:
+    _, _, cos, sin, interleaved, transposed, backend = inputs
+    for name, needs in zip(("cos", "sin"), ctx.needs_input_grad[2:4], strict=True):
+        if needs:
             raise ValueError(f"rope: {name} requires grad, but gets no gradient: detach it")
-    apply: Any = _Rope.apply  # untyped in torch
-    return list(apply(cos, sin, interleaved, transposed, backend, *x))
+    ctx.save_for_backward(cos, sin)
+    ctx.options = interleaved, not transposed, backend
 
 
-register("rope", _rope, _rope_fake, _rope_autograd)
+def _of_rope(
+    ctx: Any, saved: tuple[Tensor, Tensor], dq: Tensor | None, dk: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    # What does not arrive, or is not needed, is not computed.
+    needs = ctx.needs_input_grad
+    dq, dk = dq if needs[0] else None, dk if needs[1] else None
+    if dq is not None:
+        dq, rotated = ROPE(dq, dk, *saved, *ctx.options)
+        dk = None if dk is None else rotated
+    elif dk is not None:
+        dk, _ = ROPE(dk, None, *saved, *ctx.options)
+    return dq, dk, None, None, None, None, None
+
+
+ROPE = differentiable("rope", _rope, _rope_fake, _setup, _of_rope)

@@ -201,8 +201,8 @@ class RopeSpec(Spec):
             for rotated, interleaved in ((16, False), (6, True)):
                 cos, sin = torch.randn(2, 1, 5, rotated, device=device)
                 checks += [
-                    OpCheck(overload, ([q, k], cos, sin, interleaved, False)),
-                    OpCheck(overload, ([q], cos, sin, interleaved, True)),
+                    OpCheck(overload, (q, k, cos, sin, interleaved, False)),
+                    OpCheck(overload, (q, None, cos, sin, interleaved, True)),
                 ]
         return checks
 
