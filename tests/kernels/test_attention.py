@@ -68,30 +68,47 @@ def worst_share(case, dtype, backend):
     return max(v.error / max(2 * v.bound, floor if v.naive_error else nought) for v in verdicts)
 
 
-@pytest.mark.parametrize("backend", HERE)
-@settings(
-    max_examples=25 if INTERPRETED else 150, deadline=None, suppress_health_check=list(HealthCheck)
-)
-@given(case=cases(), dtype=st.sampled_from(DTYPES))
-def test_drawn_cases_are_right(backend, case, dtype):
+def assert_right(backend, case, dtype):
     share = worst_share(case, dtype, backend)
     assert share <= 1, f"{case}: {share:.2f} of the bound"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs the triton backend itself")
-def test_drawn_cases_are_right_in_tritons_interpreter():
+EVERY = {"case": cases(), "dtype": st.sampled_from(DTYPES)}
+SETTINGS = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+
+
+@pytest.mark.parametrize("backend", HERE)
+@settings(max_examples=12 if INTERPRETED else 60, derandomize=True, **SETTINGS)
+@given(**EVERY)
+def test_drawn_cases_are_right(backend, case, dtype):
+    assert_right(backend, case, dtype)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("backend", HERE)
+@settings(max_examples=200 if INTERPRETED else 2000, **SETTINGS)
+@given(**EVERY)
+def test_many_drawn_cases_are_right(backend, case, dtype):
+    assert_right(backend, case, dtype)
+
+
+def run_interpreted(test, marked):
     pytest.importorskip("triton")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        __file__,
-        "-k",
-        "test_drawn_cases_are_right and not interpreter",
-    ]
+    command = [sys.executable, "-m", "pytest", "-m", marked, f"{__file__}::{test}"]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-3000:]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs the triton backend itself")
+def test_drawn_cases_are_right_in_tritons_interpreter():
+    run_interpreted("test_drawn_cases_are_right", "not long")
+
+
+@pytest.mark.long
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs the triton backend itself")
+def test_many_drawn_cases_are_right_in_tritons_interpreter():
+    run_interpreted("test_many_drawn_cases_are_right", "long")
 
 
 @pytest.mark.parametrize("backend", HERE)
