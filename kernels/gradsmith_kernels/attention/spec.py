@@ -235,6 +235,7 @@ CASES = (
     Case(rows=300, cols=90, window=(3, 3), sink=True, lse_gradient=True),
     Case(rows=150, cols=150, causal=True, softcap=1.5),
     Case(rows=150, cols=150, causal=True, sink=True, scale=0.5),
+    Case(rows=9, cols=20, causal=True, sink=True, heads=32, key_heads=4, size=8),
     Case(rows=150, cols=150, causal=True, dropout=0.3, heads=4, key_heads=2),
     Case(
         batch=2,
