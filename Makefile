@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/installed
 INPUTS := pyproject.toml constraints.txt setup.py $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart install test lint bench bench-check gpu clean
+.PHONY: help quickstart install test test-long lint bench bench-check gpu clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
@@ -33,8 +33,12 @@ $(INSTALLED): $(INPUTS)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[train,dev]'
 	@touch $@
 
-test: $(INSTALLED)  ## the whole test suite
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+test: $(INSTALLED)  ## the whole test suite, and its ten slowest tests
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+		--durations=10 $(ARGS)
+
+test-long: $(INSTALLED)  ## long random searches, which `make test` leaves out
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m long $(ARGS)
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,13 @@ from gradsmith_kernels.backends import Op, op_names
 
 Inputs = dict[str, Any]  # tensors, lists of tensors, numbers, None
 Outputs = dict[str, Tensor]  # outputs and gradients by name
+_DRAW: ContextVar[int] = ContextVar("draw", default=0)
+
+
+def seeded(seed: int) -> torch.Generator:
+    """Where a sample's random numbers come from; see `Sample.draw`."""
+    # On a CPU the lowest 32 bits count.
+    return torch.Generator().manual_seed(seed + 1_000_003 * _DRAW.get())
 
 
 @dataclass(frozen=True)
@@ -27,7 +35,7 @@ class Sample:
 
     label: what is special about it.
     dtype: decides which backends take it.
-    make: the inputs, on a device; the same values at every call.
+    make: the inputs, on a device; the same values at every call. Random ones come from `seeded`.
     interpret: whether Triton's interpreter, which is slow, has to compute it as well.
     """
 
@@ -35,6 +43,14 @@ class Sample:
     dtype: torch.dtype
     make: Callable[[torch.device], Inputs]
     interpret: bool = True
+
+    def draw(self, device: torch.device, number: int) -> Inputs:
+        """`make` with other random numbers; those of `make` itself are draw 0."""
+        token = _DRAW.set(number)
+        try:
+            return self.make(device)
+        finally:
+            _DRAW.reset(token)
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def worst_share(case, dtype, backend):
     Drawn cases may be of a few numbers, or of gradients that cancel (one key: dq is 0), so the
     bound is doubled and has a floor. A wrong mask misses it by far, in float32 a thousand times.
     """
-    verdicts = testing.parity(SPEC, sample(case, dtype), backend, CPU)
+    verdicts = testing.parity(SPEC, sample(case, dtype), backend, CPU, draws=1)
     assert all(verdict.repeats for verdict in verdicts)
     floor = 1e-5 if dtype == torch.float32 else 16 * testing.UNIT_ROUNDOFF[dtype]
     # Where the naive computation is exact: of what is 0 the error is absolute; and one key's
@@ -68,30 +68,47 @@ def worst_share(case, dtype, backend):
     return max(v.error / max(2 * v.bound, floor if v.naive_error else nought) for v in verdicts)
 
 
-@pytest.mark.parametrize("backend", HERE)
-@settings(
-    max_examples=25 if INTERPRETED else 150, deadline=None, suppress_health_check=list(HealthCheck)
-)
-@given(case=cases(), dtype=st.sampled_from(DTYPES))
-def test_drawn_cases_are_right(backend, case, dtype):
+def assert_right(backend, case, dtype):
     share = worst_share(case, dtype, backend)
     assert share <= 1, f"{case}: {share:.2f} of the bound"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs the triton backend itself")
-def test_drawn_cases_are_right_in_tritons_interpreter():
+EVERY = {"case": cases(), "dtype": st.sampled_from(DTYPES)}
+SETTINGS = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+
+
+@pytest.mark.parametrize("backend", HERE)
+@settings(max_examples=12 if INTERPRETED else 60, derandomize=True, **SETTINGS)
+@given(**EVERY)
+def test_drawn_cases_are_right(backend, case, dtype):
+    assert_right(backend, case, dtype)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("backend", HERE)
+@settings(max_examples=200 if INTERPRETED else 2000, **SETTINGS)
+@given(**EVERY)
+def test_many_drawn_cases_are_right(backend, case, dtype):
+    assert_right(backend, case, dtype)
+
+
+def run_interpreted(test, marked):
     pytest.importorskip("triton")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        __file__,
-        "-k",
-        "test_drawn_cases_are_right and not interpreter",
-    ]
+    command = [sys.executable, "-m", "pytest", "-m", marked, f"{__file__}::{test}"]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-3000:]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs the triton backend itself")
+def test_drawn_cases_are_right_in_tritons_interpreter():
+    run_interpreted("test_drawn_cases_are_right", "not long")
+
+
+@pytest.mark.long
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs the triton backend itself")
+def test_many_drawn_cases_are_right_in_tritons_interpreter():
+    run_interpreted("test_many_drawn_cases_are_right", "long")
 
 
 @pytest.mark.parametrize("backend", HERE)

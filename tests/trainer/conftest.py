@@ -110,12 +110,26 @@ def run_ranks(
     )
 
 
-def train_in_process(recipe: Recipe, ranks: int, folder: Path, *more: str) -> None:
-    """`gradsmith train` on `ranks` ranks in processes of its own."""
+# One start for several runs: importing everything takes each rank longer than a tiny run.
+TRAIN_EACH = """
+import sys
+from gradsmith.recipe import load_recipe
+from gradsmith.training import engine, loop
+for path in sys.argv[1:]:
+    loop.train(load_recipe(path))
+engine.end_rank(0)
+"""
+
+
+def train_on_ranks(recipes: list[Recipe], ranks: int, folder: Path) -> None:
+    """Trains one recipe after the other on `ranks` ranks, in processes of their own."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"recipe-{recipe.name}.yaml"
-    path.write_text(yaml.safe_dump(recipe.dump()))
-    done = run_ranks(["-m", "gradsmith", "train", str(path), *more], ranks)
+    script, paths = folder / "train_each.py", []
+    script.write_text(TRAIN_EACH)
+    for number, recipe in enumerate(recipes):
+        paths.append(folder / f"recipe-{number}.yaml")
+        paths[-1].write_text(yaml.safe_dump(recipe.dump()))
+    done = run_ranks([str(script), *map(str, paths)], ranks)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

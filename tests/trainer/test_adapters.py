@@ -6,10 +6,11 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import losses, run_ranks, tiny_tree, train_in_process, with_overrides
+from conftest import losses, run_ranks, tiny_tree, train_on_ranks, with_overrides
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -107,40 +108,80 @@ def test_adapter_resumes_to_the_same_bits(base: Path, corpus: Path, tmp_path: Pa
     assert losses(again) == losses(whole)
 
 
-def test_zero3_adapter_on_two_ranks_is_whole(base: Path, corpus: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def moving(
+    corpus: Path, prepared: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Recipe]:
+    """A recipe in float32 that saves after 3 and 6 steps, in a folder that all tests share."""
+    folder = tmp_path_factory.mktemp("moving")
+
+    def build(name: str, stage: int) -> Recipe:
+        shutil.copytree(prepared, folder / name / "data", dirs_exist_ok=True)
+        settings = {"training.precision": "fp32", "training.checkpoint.every": 3, "name": name}
+        settings["training.zero.stage"] = stage
+        return parse_recipe(with_overrides(tiny_tree(corpus, folder / name), settings))
+
+    return build
+
+
+LAYOUTS = [(3, 2, 1, 1), (1, 1, 3, 2), (2, 2, 0, 1)]  # stage and ranks, before and after
+
+
+def name_of(layout: tuple[int, int, int, int]) -> str:
+    return "-".join(map(str, layout))
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(
+    base: Path,
+    corpus: Path,
+    moving: Callable[..., Recipe],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[Any, Recipe]:
+    """What two ranks train, in one start of theirs."""
+    folder = tmp_path_factory.mktemp("two")
+    recipes: dict[Any, Recipe] = {
+        layout: moving(name_of(layout), layout[0]) for layout in LAYOUTS if layout[1] == 2
+    }
+    stage = {"training.zero.stage": 3}
+    recipes["lora"] = lora_recipe(base, folder / "lora", corpus, **stage)
+    train_on_ranks([*recipes.values()], 2, folder)
+    return recipes
+
+
+def test_zero3_adapter_on_two_ranks_is_whole(
+    base: Path, corpus: Path, on_two_ranks: dict[Any, Recipe], tmp_path: Path
+) -> None:
     """Elsewhere ZeRO-3 with LoRA saves empty adapters (peft#2500)."""
     one = lora_recipe(base, tmp_path / "one", corpus, **{"training.zero.stage": 0})
     loop.train(one)
-    two = lora_recipe(base, tmp_path / "two", corpus, **{"training.zero.stage": 3})
-    train_in_process(two, 2, tmp_path)
     ours = logits(load_for_inference(one.output, kernels=False)[0])
-    adapter, _ = export(Run(two.output), tmp_path / "adapter")
+    adapter, _ = export(Run(on_two_ranks["lora"].output), tmp_path / "adapter")
     weights = load_file(adapter / "adapter_model.safetensors")
     assert weights
     assert all(tensor.numel() > 0 for tensor in weights.values())
     assert (logits(load_adapter(adapter)) - ours).norm() < 3e-2 * ours.norm()
 
 
-@pytest.mark.parametrize("stages", [(3, 2, 1, 1), (1, 1, 3, 2), (2, 2, 0, 1)])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
 def test_resume_under_another_layout(
-    corpus: Path, prepared: Path, tmp_path: Path, stages: tuple[int, int, int, int]
+    layout: tuple[int, int, int, int],
+    moving: Callable[..., Recipe],
+    on_two_ranks: dict[Any, Recipe],
+    tmp_path: Path,
 ) -> None:
     """Saved under one ZeRO stage and number of ranks, continued under another."""
-    stage, ranks, later_stage, later_ranks = stages
-
-    def recipe(name: str, **overrides: object) -> Recipe:
-        shutil.copytree(prepared, tmp_path / name / "data", dirs_exist_ok=True)
-        tree = with_overrides(tiny_tree(corpus, tmp_path / name), overrides)
-        return parse_recipe({**tree, "name": name})
-
-    settings = {"training.precision": "fp32", "training.checkpoint.every": 3}
-    whole = recipe("whole", **settings)
-    loop.train(whole)
-    first = recipe("moved", **settings, **{"training.zero.stage": stage, "training.steps": 6})
-    train_in_process(first, ranks, tmp_path)
-    shutil.rmtree(Run(first.output).checkpoints / "step-000006")
-    later = recipe("moved", **settings, **{"training.zero.stage": later_stage})
-    train_in_process(later, later_ranks, tmp_path)
+    stage, ranks, later_stage, later_ranks = layout
+    whole = moving("whole", 1)
+    loop.train(whole)  # once: a finished run is left alone
+    if ranks == 1:
+        loop.train(moving(name_of(layout), stage))
+    later = moving(name_of(layout), later_stage)
+    shutil.rmtree(Run(later.output).checkpoints / "step-000006")
+    if later_ranks == 1:
+        loop.train(later)
+    else:
+        train_on_ranks([later], later_ranks, tmp_path)
     assert losses(later) == pytest.approx(losses(whole), rel=1e-5)
 
 

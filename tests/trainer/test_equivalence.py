@@ -1,7 +1,7 @@
 """The same gradients and losses, however the work is laid out.
 
 Accumulation, ranks, ZeRO stages and packing must not change what is computed. Run as a script
-under torchrun, this file prints the gradient of the first step and the losses.
+under torchrun, this file writes the gradient of the first step and the losses of each recipe.
 """
 
 from __future__ import annotations
@@ -56,25 +56,34 @@ def first_gradient(session: loop.Session) -> dict[str, torch.Tensor]:
     return found
 
 
-def main(recipe_path: str, out: str) -> None:
+def main(*recipes: str) -> None:
     from safetensors.torch import save_file
 
-    recipe = load_recipe(recipe_path)
     engines.init_distributed()
-    session = loop._build(recipe, Run(recipe.output), fresh=True)
-    gradients = first_gradient(session)
-    engines.set_learning_rate(session.engine, 0.0)
-    session.engine.step()  # an empty step ends the accumulation
-    session = loop._build(recipe, Run(recipe.output), fresh=True)
-    losses = []
-    for _ in range(STEPS):
-        engines.set_learning_rate(session.engine, 1e-3)
-        loss, norm, _ = loop.optimizer_step(session)
-        losses.append([loss, norm])
-        session.step += 1
-    if engines.rank() == 0:
-        save_file(gradients, out + ".safetensors")
-        Path(out + ".json").write_text(json.dumps(losses))
+    for path in recipes:
+        recipe = load_recipe(path)
+        session = loop._build(recipe, Run(recipe.output), fresh=True)
+        gradients = first_gradient(session)
+        engines.set_learning_rate(session.engine, 0.0)
+        session.engine.step()  # an empty step ends the accumulation
+        session = loop._build(recipe, Run(recipe.output), fresh=True)
+        losses = []
+        for _ in range(STEPS):
+            engines.set_learning_rate(session.engine, 1e-3)
+            loss, norm, _ = loop.optimizer_step(session)
+            losses.append([loss, norm])
+            session.step += 1
+        if engines.rank() == 0:
+            save_file(gradients, path + ".safetensors")
+            Path(path + ".json").write_text(json.dumps(losses))
+
+
+# ranks, stage, micro_batch, precision: all that one start of as many ranks computes
+FP32 = [(1, 0, 2), (1, 1, 4), (1, 2, 2), (1, 3, 4), (2, 0, 4), (2, 1, 2), (2, 2, 4), (2, 3, 2)]
+BF16 = [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3)]
+LAYOUTS = [(*layout, "fp32") for layout in [(1, 0, 8), *FP32]]
+LAYOUTS += [(ranks, stage, 2, "bf16") for ranks, stage in BF16]
+LAYOUTS += [(1, 1, 8, "bf16"), (1, 1, 2, "bf16")]
 
 
 @pytest.fixture(scope="module")
@@ -88,29 +97,36 @@ def results(
     from safetensors.torch import load_file
 
     folder = tmp_path_factory.mktemp("equivalence")
-    known: dict[str, tuple[dict[str, torch.Tensor], list[list[float]]]] = {}
+    known: dict[tuple, tuple[dict[str, torch.Tensor], list[list[float]]]] = {}
 
-    def compute(ranks: int, stage: int, micro: int, precision: str = "fp32") -> object:
-        name = f"{ranks}-{stage}-{micro}-{precision}"
-        if name not in known:
+    def start(ranks: int) -> None:
+        recipes = {}
+        for layout in LAYOUTS:
+            if layout[0] != ranks:
+                continue
+            name = "-".join(map(str, layout))
             tree = with_overrides(
                 tiny_tree(corpus, folder / name),
                 {
-                    "training.zero.stage": stage,
-                    "training.micro_batch": micro,
-                    "training.precision": precision,
+                    "training.zero.stage": layout[1],
+                    "training.micro_batch": layout[2],
+                    "training.precision": layout[3],
                 },
             )
             shutil.copytree(prepared, folder / name / "data")
-            recipe, out = folder / f"{name}.yaml", str(folder / f"out-{name}")
-            recipe.write_text(yaml.safe_dump(tree))
-            done = run_ranks([__file__, str(recipe), out], ranks)
-            assert done.returncode == 0, done.stderr[-3000:]
-            known[name] = (
-                load_file(out + ".safetensors"),
-                json.loads(Path(out + ".json").read_text()),
-            )
-        return known[name]
+            recipes[layout] = str(folder / f"{name}.yaml")
+            Path(recipes[layout]).write_text(yaml.safe_dump(tree))
+        done = run_ranks([__file__, *recipes.values()], ranks)
+        assert done.returncode == 0, done.stderr[-3000:]
+        for layout, path in recipes.items():
+            losses = json.loads(Path(path + ".json").read_text())
+            known[layout] = (load_file(path + ".safetensors"), losses)
+
+    def compute(ranks: int, stage: int, micro: int, precision: str = "fp32") -> object:
+        layout = (ranks, stage, micro, precision)
+        if layout not in known:
+            start(ranks)
+        return known[layout]
 
     return compute
 
@@ -123,10 +139,7 @@ def assert_same_gradients(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]
         assert error <= GRADIENT_TOLERANCE, f"{name}: {error}"
 
 
-@pytest.mark.parametrize(
-    ("ranks", "stage", "micro"),
-    [(1, 0, 2), (1, 1, 4), (1, 2, 2), (1, 3, 4), (2, 0, 4), (2, 1, 2), (2, 2, 4), (2, 3, 2)],
-)
+@pytest.mark.parametrize(("ranks", "stage", "micro"), FP32)
 def test_layout_changes_nothing(results: Callable, ranks: int, stage: int, micro: int) -> None:
     gradients, losses = results(ranks, stage, micro)
     expected_gradients, expected_losses = results(1, 0, 8)
@@ -135,7 +148,7 @@ def test_layout_changes_nothing(results: Callable, ranks: int, stage: int, micro
         assert found == pytest.approx(expected, rel=LOSS_TOLERANCE["fp32"])
 
 
-@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3)])
+@pytest.mark.parametrize(("ranks", "stage"), BF16)
 def test_bf16_losses_agree(results: Callable, ranks: int, stage: int) -> None:
     _, losses = results(ranks, stage, 2, "bf16")
     _, expected = results(1, 1, 8, "bf16")

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import losses, train_in_process
+from conftest import losses, tiny_tree, train_on_ranks, with_overrides
 
 from gradsmith.data.prepare import prepare
 from gradsmith.models.build import build_model
-from gradsmith.recipe import Recipe
+from gradsmith.recipe import Recipe, parse_recipe
 from gradsmith.run import Run
 from gradsmith.training import engine as engines
 from gradsmith.training import loop
@@ -82,46 +83,69 @@ def test_the_partitions_hold_every_hidden_matrix_whole(tiny: Tiny, stage: int) -
     assert sorted(found) == sorted([(32, 32)] * 8 + [(48, 32)] * 4 + [(32, 48)] * 2)
 
 
-@pytest.fixture(scope="module")
-def expected(request: pytest.FixtureRequest) -> dict[str, list[float]]:
-    return {}
-
-
 CASES = [(1, 1, "none"), (1, 2, "optimizer"), (1, 3, "all"), (2, 0, "none"), (2, 1, "none"),
          (2, 2, "optimizer"), (2, 3, "none")]  # fmt: skip
+# ZeRO-2 with offload, in bfloat16 with 16-bit states
+RESUMED = settings(2, "optimizer", states="bf16") | {
+    "training.precision": "bf16",
+    "training.checkpoint.every": 2,
+}
 
 
-@pytest.mark.parametrize(("ranks", "stage", "offload"), CASES)
+@pytest.fixture(scope="module")
+def lasting(corpus: Path, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """As `tiny`, in a folder that all tests of this file share."""
+    folder = tmp_path_factory.mktemp("muon")
+
+    def build(name: str, **overrides: Any) -> Recipe:
+        shutil.copytree(prepared, folder / name / "data", dirs_exist_ok=True)
+        return parse_recipe(with_overrides(tiny_tree(corpus, folder / name), overrides))
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def whole(lasting: Tiny) -> list[float]:
+    """The losses on one rank without ZeRO."""
+    recipe = lasting("whole", **settings(0))
+    loop.train(recipe)
+    return losses(recipe)
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(lasting: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Recipe]:
+    """What two ranks train, in one start of theirs: the cases, a whole run and half of one."""
+    recipes: dict[Any, Recipe] = {
+        case: lasting("-".join(map(str, case)), **settings(*case[1:]))
+        for case in CASES
+        if case[0] == 2
+    }
+    recipes["whole"] = lasting("uncut", **RESUMED)
+    recipes["half"] = lasting("parts", **RESUMED | {"training.steps": 2})
+    train_on_ranks([*recipes.values()], 2, tmp_path_factory.mktemp("start"))
+    return recipes
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_zero_changes_nothing(
-    tiny: Tiny,
-    tmp_path: Path,
-    expected: dict[str, list[float]],
-    ranks: int,
-    stage: int,
-    offload: str,
+    case: tuple[int, int, str], whole: list[float], tiny: Tiny, request: pytest.FixtureRequest
 ) -> None:
-    if not expected:
-        whole = tiny("whole", **settings(0))
-        loop.train(whole)
-        expected["losses"] = losses(whole)
-    recipe = tiny("cut", **settings(stage, offload))
+    ranks, stage, offload = case
     if ranks == 1:
+        recipe = tiny("cut", **settings(stage, offload))
         loop.train(recipe)
     else:
-        train_in_process(recipe, ranks, tmp_path / "launch")
-    assert losses(recipe) == pytest.approx(expected["losses"], rel=LOSS_TOLERANCE)
+        recipe = request.getfixturevalue("on_two_ranks")[case]
+    assert losses(recipe) == pytest.approx(whole, rel=LOSS_TOLERANCE)
 
 
-def test_two_ranks_resume_with_the_same_bits(tiny: Tiny, tmp_path: Path) -> None:
-    """ZeRO-2 with offload, in bfloat16 with 16-bit states."""
-    more = settings(2, "optimizer", states="bf16") | {"training.precision": "bf16"}
-    more["training.checkpoint.every"] = 2
-    whole = tiny("whole", **more)
-    train_in_process(whole, 2, tmp_path / "one")
-    train_in_process(tiny("parts", **more | {"training.steps": 2}), 2, tmp_path / "two")
-    parts = tiny("parts", **more)
-    train_in_process(parts, 2, tmp_path / "three")
-    assert losses(parts) == losses(whole)
+def test_two_ranks_resume_with_the_same_bits(
+    on_two_ranks: dict[Any, Recipe], lasting: Tiny, tmp_path: Path
+) -> None:
+    parts = lasting("parts", **RESUMED)
+    assert len(losses(parts)) == 2
+    train_on_ranks([parts], 2, tmp_path)
+    assert losses(parts) == losses(on_two_ranks["whole"])
 
 
 def test_states_move_to_another_stage(tiny: Tiny) -> None:

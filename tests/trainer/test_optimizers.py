@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import losses, tiny_tree, train_in_process
+from conftest import losses, tiny_tree, train_on_ranks
 
 from gradsmith.errors import UserError
 from gradsmith.recipe import OF_WHOLE_TENSORS, Optimizer, Recipe, Training, parse_recipe
@@ -113,10 +113,10 @@ def test_two_ranks_with_offload_clip_and_8_bit_states_resume_with_the_same_bits(
     settings = settings_for("adamw8bit", 2) | {"training.zero.offload": "optimizer"}
     settings |= {"training.checkpoint.every": 3, "training.clip": 0.05}  # every step is clipped
     whole = tiny("whole", **settings, **{"training.steps": 6})
-    train_in_process(whole, 2, tmp_path)
-    for steps in (3, 6):
-        parts = tiny("parts", **settings, **{"training.steps": steps})
-        train_in_process(parts, 2, tmp_path)
+    half = tiny("parts", **settings, **{"training.steps": 3})
+    train_on_ranks([whole, half], 2, tmp_path)
+    parts = tiny("parts", **settings, **{"training.steps": 6})
+    train_on_ranks([parts], 2, tmp_path)
     assert len(losses(parts)) == 6
     assert losses(parts) == losses(whole)
     norms = [row["grad_norm"] for row in Run(whole.output).read_metrics() if "grad_norm" in row]

@@ -23,6 +23,7 @@ from gradsmith_kernels.spec import (
     Spec,
     in_float64,
     optimizer_of,
+    seeded,
 )
 from gradsmith_kernels.testing import check_parity
 
@@ -50,7 +51,7 @@ def make_inputs(
     warm: the states are those of a run that has 10 steps behind it; else zero.
     transposed: matrices are transposed views.
     """
-    generator = torch.Generator().manual_seed(len(shapes) + steps)
+    generator = seeded(len(shapes) + steps)
     param, grad = dtypes
 
     def normal(shape: tuple[int, ...]) -> Tensor:

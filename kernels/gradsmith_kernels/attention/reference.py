@@ -235,10 +235,10 @@ def backward(
         dropped, dp = p, dy @ value.transpose(1, 2)
         if s.keep is not None:
             dropped, dp = p * s.keep, dp * s.keep
-        d = (p * dp).sum(-1)
+        d = (p.double() * dp).sum(-1)  # in float64: dp - d cancels
         if dlse is not None:
             d = d - dlse[sequence.statistics]
-        ds = p * (dp - d[..., None]) * options.scale
+        ds = (p * (dp - d[..., None])).to(p.dtype) * options.scale
         if s.slope is not None:
             ds = ds * s.slope
         cols = key.shape[1]
@@ -249,5 +249,5 @@ def backward(
         dq[sequence.query] = (ds @ key).transpose(0, 1).to(q.dtype)
         dk[sequence.key] = by_key_head(ds.transpose(1, 2) @ query).to(k.dtype)
         dv[sequence.key] = by_key_head(dropped.transpose(1, 2) @ dy).to(v.dtype)
-        delta[sequence.statistics] = d
+        delta[sequence.statistics] = d.to(delta.dtype)
     return dq, dk, dv, delta

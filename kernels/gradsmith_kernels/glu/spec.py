@@ -21,6 +21,7 @@ from gradsmith_kernels.spec import (
     Outputs,
     Sample,
     Spec,
+    seeded,
 )
 from gradsmith_kernels.testing import check_parity
 
@@ -51,7 +52,7 @@ def make_inputs(
     up and dy: "rows" (rows further apart than they are long), "columns" (elements of a row not
     adjacent), "heads" (a transposed view of four dimensions).
     """
-    generator = torch.Generator().manual_seed(math.prod(shape) + len(shape))
+    generator = seeded(math.prod(shape) + len(shape))
 
     def normal(*size: int, scale: float = 1.0) -> Tensor:
         return (scale * torch.randn(size, generator=generator)).to(dtype).to(device)

@@ -21,6 +21,7 @@ from gradsmith_kernels.spec import (
     Outputs,
     Sample,
     Spec,
+    seeded,
 )
 from gradsmith_kernels.testing import check_parity
 
@@ -46,7 +47,7 @@ def make_inputs(
 
     layout: of x, residual, dy and dh, see `in_layout`. mean: of x.
     """
-    generator = torch.Generator().manual_seed(math.prod(shape) + len(shape))
+    generator = seeded(math.prod(shape) + len(shape))
 
     def tensor(mean: float = 0.0) -> Tensor:
         return in_layout(layout, shape, dtype, device, generator, mean)

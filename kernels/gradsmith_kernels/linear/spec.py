@@ -19,6 +19,7 @@ from gradsmith_kernels.spec import (
     Outputs,
     Sample,
     Spec,
+    seeded,
 )
 from gradsmith_kernels.testing import check_parity
 
@@ -37,7 +38,7 @@ def make_inputs(
     "columns" (elements not adjacent).
     """
     *rows, size = shape
-    generator = torch.Generator().manual_seed(outputs * 31 + size)
+    generator = seeded(outputs * 31 + size)
 
     def matrix(*lengths: int, deviation: float = 1.0) -> Tensor:
         *others, cols = lengths

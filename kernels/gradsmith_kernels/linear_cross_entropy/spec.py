@@ -20,6 +20,7 @@ from gradsmith_kernels.spec import (
     Outputs,
     Sample,
     Spec,
+    seeded,
 )
 from gradsmith_kernels.testing import check_parity
 
@@ -42,7 +43,7 @@ def make_inputs(
     shape: of target. ignored: the share of targets to ignore. layout: of hidden, weight and target:
     "contiguous"; "rows" (further apart than they are long); "columns" (elements not adjacent).
     """
-    generator = torch.Generator().manual_seed(vocabulary * 31 + size)
+    generator = seeded(vocabulary * 31 + size)
 
     def matrix(*lengths: int, deviation: float = 1.0) -> Tensor:
         *rows, cols = lengths

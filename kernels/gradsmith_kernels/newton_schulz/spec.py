@@ -21,6 +21,7 @@ from gradsmith_kernels.spec import (
     Sample,
     Spec,
     optimizer_of,
+    seeded,
 )
 from gradsmith_kernels.testing import check_parity
 
@@ -36,7 +37,7 @@ def make_inputs(
     kind: normal; low_rank (an eighth); graded (singular values from 1 to 1e-4); transposed (a
     view of normal ones); zero; tiny (of a norm below eps).
     """
-    generator = torch.Generator().manual_seed(sum(shape))
+    generator = seeded(sum(shape))
 
     def normal(*size: int) -> Tensor:
         return torch.randn(size, generator=generator)

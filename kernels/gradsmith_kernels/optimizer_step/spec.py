@@ -24,6 +24,7 @@ from gradsmith_kernels.spec import (
     Spec,
     in_float64,
     optimizer_of,
+    seeded,
 )
 from gradsmith_kernels.testing import check_parity
 
@@ -55,7 +56,7 @@ def make_inputs(
     warm: the states are those of a run that has 10 steps behind it; else zero.
     transposed: matrices are transposed views.
     """
-    generator = torch.Generator().manual_seed(len(shapes) + steps)
+    generator = seeded(len(shapes) + steps)
     param, grad, state = dtypes
 
     def normal(shape: tuple[int, ...]) -> Tensor:
@@ -114,7 +115,8 @@ def sample(
     make = partial(make_inputs, rule, changed, shapes, dtypes, steps, warm, transposed)
     # A sample with something in bfloat16 is one of bfloat16: Triton's interpreter cannot take it.
     widest = torch.bfloat16 if torch.bfloat16 in dtypes else dtype
-    return Sample(f"{rule}, {label}", widest, make)
+    # And of many steps it would show no more than of one: errors add up on the CPU as well.
+    return Sample(f"{rule}, {label}", widest, make, interpret=steps < 100)
 
 
 def flat(tensors: list[Tensor]) -> Tensor:

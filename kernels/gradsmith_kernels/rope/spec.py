@@ -18,6 +18,7 @@ from gradsmith_kernels.spec import (
     Outputs,
     Sample,
     Spec,
+    seeded,
 )
 from gradsmith_kernels.testing import check_parity
 
@@ -54,7 +55,7 @@ def make_inputs(
     head, and of cos and sin, not adjacent).
     """
     batch, length, heads, key_heads, size = shape
-    generator = torch.Generator().manual_seed(sum(shape) + rotated)
+    generator = seeded(sum(shape) + rotated)
 
     def normal(*sizes: int) -> Tensor:
         return torch.randn(sizes, generator=generator).to(dtype).to(device)
