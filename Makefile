@@ -65,7 +65,7 @@ wheel: $(INSTALLED)  ## dist/: a wheel for this version of Python, for machines 
 		--wheel-dir build/wheel .
 	$(BIN)/python -m auditwheel repair --wheel-dir dist build/wheel/gradsmith-*.whl
 
-# Downloads several GB the first time; ENVS='3.12 2.11' picks some, ARGS goes to pytest.
+# Downloads several GB the first time. ARGS='--only 3.12/2.11' takes one pair; the rest is pytest's.
 test-matrix:  ## the kernels' tests with other versions of Python and torch
 	$(PYTHON) scripts/test_matrix.py $(ARGS)
 

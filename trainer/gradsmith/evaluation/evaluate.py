@@ -47,7 +47,7 @@ def evaluate(run: Run | str | Path, *, split: str = "test") -> dict[str, Any]:
 
 def _evaluate(run: Run, split: str) -> dict[str, Any]:
     from ..data.shards import PreparedData
-    from ..models.build import base_of, load_for_inference
+    from ..models.build import load_for_inference, resolve_base
 
     recipe = run.recipe()
     prepared = PreparedData.open(run.data)
