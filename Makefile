@@ -22,15 +22,11 @@ quickstart: $(INSTALLED)  ## from nothing to a trained, fine-tuned, explained mo
 
 install: $(INSTALLED)  ## the environment alone: pinned packages, C++ extension built
 
-# The isolated environment that builds the extension takes the pinned versions too: pip reads the
-# second name from 25.3 on, the first before that.
-$(INSTALLED): export PIP_CONSTRAINT := constraints.txt
-$(INSTALLED): export PIP_BUILD_CONSTRAINT := constraints.txt
 $(INSTALLED): $(INPUTS)
 	@sh scripts/preflight.sh "$(PYTHON)" "$(CXX)"
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	@echo "Installing into $(VENV): a few minutes the first time"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[train,dev]'
+	@echo "Installing into $(VENV), and building the C++ extension: a minute or two the first time"
+	$(BIN)/python scripts/install.py train,dev
 	@touch $@
 
 test: $(INSTALLED)  ## the whole test suite

@@ -39,7 +39,7 @@ class MissingError(Exception):
 
 
 def call(*command: str | Path, failure: str = "", **environment: str) -> str:
-    """Runs a command; with `failure`, a command that fails raises MissingError, with its last line."""
+    """Runs a command; with `failure`, one that fails raises MissingError, with its last line."""
     done = subprocess.run(
         [str(part) for part in command],
         cwd=ROOT,
