@@ -252,7 +252,7 @@ def _decorated(function: Any) -> Any:
     return inner if any(cell.cell_contents is inner for cell in cells) else None
 
 
-def _copied(original: Any, namespace: dict[str, Any], cells: tuple[CellType, ...]) -> Any:
+def _copied(original: Any, namespace: dict[str, Any], cells: tuple[CellType, ...]) -> Forward:
     """The function with other globals, and with other values for the names around it."""
     copy = FunctionType(
         original.__code__, namespace, original.__name__, original.__defaults__, cells
