@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/installed
 INPUTS := pyproject.toml constraints.txt setup.py $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart install test test-long lint bench bench-check gpu clean
+.PHONY: help quickstart install test test-long test-matrix lint wheel bench bench-check gpu clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
@@ -22,15 +22,11 @@ quickstart: $(INSTALLED)  ## from nothing to a trained, fine-tuned, explained mo
 
 install: $(INSTALLED)  ## the environment alone: pinned packages, C++ extension built
 
-# The isolated environment that builds the extension takes the pinned versions too: pip reads the
-# second name from 25.3 on, the first before that.
-$(INSTALLED): export PIP_CONSTRAINT := constraints.txt
-$(INSTALLED): export PIP_BUILD_CONSTRAINT := constraints.txt
 $(INSTALLED): $(INPUTS)
 	@sh scripts/preflight.sh "$(PYTHON)" "$(CXX)"
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	@echo "Installing into $(VENV): a few minutes the first time"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[train,dev]'
+	@echo "Installing into $(VENV), and building the C++ extension: a minute or two the first time"
+	$(BIN)/python scripts/install.py train,dev
 	@touch $@
 
 test: $(INSTALLED)  ## the whole test suite, and its ten slowest tests
@@ -59,6 +55,19 @@ gpu:  ## on a GPU machine: build, run the GPU tests, then the GPU benchmarks
 	$(PYTHON) setup.py --quiet build_ext --inplace
 	$(PYTHON) -m pytest -m gpu tests/kernels
 	$(PYTHON) -m benchmarks.gpu
+
+# One file for every x86-64 CPU: the instruction set is chosen where it runs. auditwheel names the
+# oldest glibc that it runs on (that of the machine it was built on, or older).
+wheel: export PATH := $(abspath $(BIN)):$(PATH)
+wheel: $(INSTALLED)  ## dist/: a wheel for this version of Python, for machines without a compiler
+	rm -rf build/wheel
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+		--wheel-dir build/wheel .
+	$(BIN)/python -m auditwheel repair --wheel-dir dist build/wheel/gradsmith-*.whl
+
+# Downloads several GB the first time. ARGS='--only 3.12/2.11' takes one pair; the rest is pytest's.
+test-matrix:  ## the kernels' tests with other versions of Python and torch
+	$(PYTHON) scripts/test_matrix.py $(ARGS)
 
 clean:  ## removes the environment and what was built; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,9 +1,9 @@
 """The end-to-end peer, run by test_end_to_end.py as `python benchmarks/peer.py RUN [--compile]`.
 
 The loop that a practitioner writes with transformers, peft and torch.optim.AdamW(fused=True): the
-model in bf16, the same weights, batches, order, loss and clipping as the gradsmith run in the
-folder RUN. Its optimizer keeps bf16 moments and no float32 master weights, which is less work and
-less precise than what gradsmith does. Prints one line of JSON.
+model in the run's precision, the same weights, batches, order, loss and clipping as the gradsmith
+run in the folder RUN. In bf16 its optimizer keeps bf16 moments and no float32 master weights, which
+is less work and less precise than what gradsmith does. Prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from gradsmith.data.loader import Loader
 from gradsmith.data.packing import Sequences
 from gradsmith.data.shards import PreparedData
-from gradsmith.models.build import resolve_base
+from gradsmith.models.build import DTYPES, base_of
 from gradsmith.run import Run
 
 
@@ -65,9 +65,8 @@ def main() -> None:
     )
     loader = Loader(sequences, seed=recipe.seed, global_batch=training.global_batch)
 
-    assert recipe.model.from_ is not None
-    base = resolve_base(recipe.model.from_)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).train()
+    dtype = DTYPES[training.precision]
+    model = AutoModelForCausalLM.from_pretrained(base_of(recipe), dtype=dtype).train()
     if adapter is not None:
         from peft import LoraConfig, get_peft_model
 

@@ -49,7 +49,7 @@ def _share(row: dict[str, Any], seconds: float, rates: dict[str, float]) -> str:
         parts.append(f"{rate / 1e9:.1f} GB/s ({rate / rates['copy_bytes']:.0%} of copy)")
     # What moves a byte for every ten operations or more is limited by them.
     if row["flops"] > 10 * row.get("bytes", 0):
-        dtype = "fp32" if row["key"].endswith("float32") else "bf16"
+        dtype = "fp32" if row["key"].endswith(("float32", "fp32")) else "bf16"
         rate = row["flops"] / seconds
         share = rate / rates[f"matmul_{dtype}_flops"]
         parts.append(f"{rate / 1e9:.0f} GFLOP/s ({share:.0%} of the {dtype} rate)")

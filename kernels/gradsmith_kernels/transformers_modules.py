@@ -16,7 +16,7 @@ import inspect
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import FunctionType
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
@@ -240,17 +240,32 @@ def _rotary_attention(original: Any, keeps_dtype: bool = False) -> Forward:
     The module's namespace itself stays as it is. The copy has no __name__, by which torch.compile
     would look the name up in the module.
     """
-    namespace = {name: value for name, value in original.__globals__.items() if name != "__name__"}
-    namespace[ROTARY] = _rotary(original.__globals__[ROTARY], keeps_dtype)
-    forward = FunctionType(
-        original.__code__,
-        namespace,
-        original.__name__,
-        original.__defaults__,
-        original.__closure__,
+    inner = _decorated(original)
+    if inner is None:
+        namespace = {k: value for k, value in original.__globals__.items() if k != "__name__"}
+        namespace[ROTARY] = _rotary(original.__globals__[ROTARY], keeps_dtype)
+        return _copied(original, namespace, original.__closure__ or ())
+    ours = _rotary_attention(inner, keeps_dtype)
+    cells = original.__closure__ or ()
+    cells = tuple(CellType(ours) if cell.cell_contents is inner else cell for cell in cells)
+    return _copied(original, original.__globals__, cells)
+
+
+def _decorated(function: Any) -> Any:
+    """What a decorator's function calls (as one that takes an argument by its old name too), where
+    a copy of it could call another."""
+    inner = getattr(function, "__wrapped__", None)
+    cells = getattr(function, "__closure__", None) or ()
+    return inner if any(cell.cell_contents is inner for cell in cells) else None
+
+
+def _copied(original: Any, namespace: dict[str, Any], cells: tuple[CellType, ...]) -> Forward:
+    """The function with other globals, and with other values for the names around it."""
+    copy = FunctionType(
+        original.__code__, namespace, original.__name__, original.__defaults__, cells
     )
-    forward.__kwdefaults__ = original.__kwdefaults__
-    return forward
+    copy.__kwdefaults__ = original.__kwdefaults__
+    return copy
 
 
 def _modernbert_attention(original: Any) -> Forward:
@@ -416,6 +431,8 @@ def _has_gate(module: nn.Module) -> bool:
 
 def _unfit_rope(module: Any) -> str | None:
     forward = type(module).forward
+    while inner := _decorated(forward):
+        forward = inner
     apply = getattr(forward, "__globals__", {}).get(ROTARY)
     if not isinstance(forward, FunctionType) or ROTARY not in forward.__code__.co_names:
         return f"its forward is not one that calls {ROTARY}"

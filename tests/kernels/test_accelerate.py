@@ -1,4 +1,5 @@
 import copy
+import functools
 import pickle
 from collections import Counter
 
@@ -6,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradsmith_kernels import accelerate
+from gradsmith_kernels import accelerate, transformers_modules
 from gradsmith_kernels.linear import op as linear_op
 
 transformers = pytest.importorskip("transformers")
@@ -305,13 +306,42 @@ def test_under_autocast_every_module_has_its_own_dtype(kind):
     torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.02)
 
 
-def test_shapes_of_another_rotation_go_to_the_models_own():
-    from gradsmith_kernels.transformers_modules import ROTARY
+def rotation_of(forward):
+    """The rotation that an attention's forward calls, decorated or not."""
+    name = transformers_modules.ROTARY
+    while name not in forward.__globals__:
+        forward = next(c.cell_contents for c in forward.__closure__ if callable(c.cell_contents))
+    return forward.__globals__[name]
 
+
+def test_a_decorated_attention_keeps_its_decorator(monkeypatch):
+    """transformers 5.24 has one that takes an argument by its old name, too."""
+    attention = transformers.models.llama.modeling_llama.LlamaAttention
+    inner = attention.forward
+
+    @functools.wraps(inner)
+    def counting(*args, **kwargs):
+        calls.append(args[0])
+        return inner(*args, **kwargs)
+
+    calls = []
+    monkeypatch.setattr(attention, "forward", counting)
+    monkeypatch.setattr(transformers_modules, "_made", {})
+    model = tiny()
+    twin = copy.deepcopy(model)
+    assert ops_in(accelerate(model, only=["rope"])) == {"rope": 2}
+    assert_same_training(model, twin)
+    assert len(calls) == 4
+    with torch.profiler.profile() as profile:
+        model(input_ids=torch.arange(6)[None])
+    assert "gradsmith::rope" in {event.key for event in profile.key_averages()}
+
+
+def test_shapes_of_another_rotation_go_to_the_models_own():
     model = tiny()
     accelerate(model, only=["rope"])
     forward = type(model.model.layers[0].self_attn).forward
-    ours, original = forward.__globals__[ROTARY], forward.__wrapped__.__globals__[ROTARY]
+    ours, original = rotation_of(forward), rotation_of(forward.__wrapped__)
     q, k = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8)
     cos, sin = torch.randn(2, 2, 6, 8)
     theta = torch.randn(6, 8, requires_grad=True)

@@ -156,7 +156,7 @@ def describe_model(recipe: Recipe) -> Any:
             config = config_of(recipe)
             where = "model.config"
         else:
-            config, where = _config_from(str(recipe.model.from_)), "model.from"
+            config, where = _config_from(recipe), "model.from"
         _check_length(recipe, config)
         model = _on_meta(config, where)
         if recipe.model.adapter is not None:
@@ -245,22 +245,24 @@ def _vocab_size(recipe: Recipe) -> int | None:
     return None
 
 
-def _config_from(name: str) -> Any:
+def _config_from(recipe: Recipe) -> Any:
     """The config of the model at `model.from`, after a look at its weights."""
     from transformers import AutoConfig
 
     from .models.build import resolve_base
+    from .models.gguf import find_gguf, place
 
-    place = resolve_base(name)
-    local = Path(place).is_dir()
-    if local:
-        _check_weights(Path(place))
-    elif not HUB_NAME.fullmatch(name) or Path(name).parent.is_dir():
+    name = str(recipe.model.from_)
+    where = resolve_base(name)
+    local = Path(where).exists()
+    if find_gguf(where) is None and local:
+        _check_weights(Path(where))
+    elif not local and (not HUB_NAME.fullmatch(name) or Path(name).parent.is_dir()):
         parent = Path(name).parent
         near = did_you_mean(Path(name).name, (p.name for p in parent.glob("*")))
         raise UserError(f"model.from: {name}: no such folder.{near}")
     try:
-        return AutoConfig.from_pretrained(place, trust_remote_code=False)
+        return AutoConfig.from_pretrained(**place(where), trust_remote_code=False)
     except Exception as error:
         what = "no model there" if local else "neither a folder here nor readable from the hub"
         raise UserError(f"model.from: {name}: {what}: {_told(error)}") from None

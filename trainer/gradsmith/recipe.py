@@ -137,7 +137,9 @@ class Model(Node):
     architecture: str | None = Field(None, description="any transformers causal-LM model type")
     config: dict[str, Any] | None = Field(None, description="keys of that type's config class")
     from_: str | None = Field(
-        None, alias="from", description="a folder or hub name with safetensors weights, or a run"
+        None,
+        alias="from",
+        description="a run, a folder or hub name with safetensors weights, or a GGUF file",
     )
     adapter: Adapter | None = None
     kernels: bool = Field(True, description="gradsmith's kernels under the model, or stock")

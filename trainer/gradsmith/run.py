@@ -6,6 +6,7 @@ runs/NAME/
   provenance.json    versions, machine, git state, command line, seeds
   metrics.jsonl      a line for each logged step
   data/              what `prepare` made (gradsmith.data.prepare)
+  base/              the model at model.from, where that is a GGUF file (gradsmith.models.gguf)
   checkpoints/       step-000100/, ... (gradsmith.training.checkpoint)
   evaluation.json    what `evaluate` found
   report.html
@@ -86,6 +87,10 @@ class Run:
     @property
     def data(self) -> Path:
         return self.folder / "data"
+
+    @property
+    def base(self) -> Path:
+        return self.folder / "base"
 
     @property
     def checkpoints(self) -> Path:

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gradsmith_kernels.adafactor_step.tensors import Options, Tensors, matrices_of
+from gradsmith_kernels.backends import triton_before
 from gradsmith_kernels.columns import Contiguous, address_of
 from gradsmith_kernels.spec import CompileCase
 
@@ -25,7 +26,7 @@ TILE_ROWS, ROW_STEP, TILE_COLS = 64, 4, 512  # of a matrix: rows in all, rows at
 VECTOR = 2048  # a tile of what has no factors
 FACTORS = 256  # factors that a program moves
 TOTALS = 1024  # sums that a program adds at a time
-NUM_WARPS = 4
+NUM_WARPS = 8 if triton_before(3, 9) else 4  # with four, Triton 3.7 spills in two kernels
 TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 # The table's columns: addresses; the shape; the number of tiles along rows and columns; where in

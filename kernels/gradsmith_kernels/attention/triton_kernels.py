@@ -21,7 +21,7 @@ from gradsmith_kernels.attention.triton_backward import (
     query_gradient_kernel,
 )
 from gradsmith_kernels.attention.triton_forward import forward_kernel
-from gradsmith_kernels.backends import interpreting
+from gradsmith_kernels.backends import interpreting, triton_before
 from gradsmith_kernels.spec import CompileCase
 
 
@@ -85,10 +85,31 @@ FLOAT32 = {
 }
 
 
+# Instead of those, where their sums spill in the code of Triton 3.6, 3.7 or 3.8.
+BEFORE_3_9 = {
+    ("forward", "sm_80", "busy"): Tile(128, 32, 8, 3),
+    ("forward", "sm_80", "128"): Tile(128, 32, 8, 3),
+    ("forward", "sm_100", "busy"): Tile(128, 32, 8, 2),
+    ("query_gradient", "sm_90", "128"): Tile(128, 64, 8, 2),
+    ("query_gradient", "sm_100", "128"): Tile(128, 32, 8, 2),
+    ("key_gradient", "sm_80", "busy"): Tile(16, 64, 8, 2),
+    ("key_gradient", "sm_90", "busy"): Tile(16, 64, 8, 1),
+    ("key_gradient", "sm_90", "128"): Tile(64, 64, 8, 2),
+    ("key_gradient", "gfx942", "busy"): Tile(16, 64, 8, 1),
+    ("key_gradient", "gfx942", "128"): Tile(16, 64, 8, 1),
+} | {("forward", chip, "128 float32"): Tile(32, 16, 8, 1) for chip in CHIPS}
+
+
 def tile_of(kernel: str, chip: str, head: int, dtype: torch.dtype, busy: bool) -> Tile:
     """The tile for a head size; `busy` with softcap or dropout."""
     if chip == "interpreter":
         return TILES[chip][kernel][0]
+    if triton_before(3, 9):
+        size = str(next(size for size in HEADS if head <= size))
+        kind = f"{size} float32" if dtype == torch.float32 else size
+        kind = "busy" if busy and head <= HEADS[1] and dtype != torch.float32 else kind
+        if (kernel, chip, kind) in BEFORE_3_9:
+            return BEFORE_3_9[kernel, chip, kind]
     if dtype == torch.float32:
         return FLOAT32[kernel][sum(head > size for size in HEADS)]
     if busy and head <= HEADS[1]:

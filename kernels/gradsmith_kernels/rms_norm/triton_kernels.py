@@ -13,10 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gradsmith_kernels.backends import triton_before
 from gradsmith_kernels.native import as_rows
 from gradsmith_kernels.spec import CompileCase
 
-MAX_BLOCK = 8192
+MAX_BLOCK = 4096 if triton_before(3, 7) else 8192
 MAX_PROGRAMS = 256  # of the backward pass, each with one row of partial sums for dweight
 
 
@@ -199,7 +200,8 @@ def tile(cols: int) -> tuple[int, int, int]:
     """ROWS, BLOCK and num_warps: 16 elements a thread, and 2048 in a tile at least."""
     block = min(triton.next_power_of_2(cols), MAX_BLOCK)
     rows = max(1, 2048 // block)
-    return rows, block, rows * block // 512
+    # Triton 3.6 spills those of longer rows: there, 8 elements a thread.
+    return rows, block, rows * block // (256 if cols > block and triton_before(3, 7) else 512)
 
 
 def forward(

@@ -13,6 +13,7 @@ import numpy as np
 
 from .. import __version__
 from ..errors import UserError
+from ..models.gguf import find_gguf, unpack
 from ..recipe import Recipe
 from ..run import Run, write_json
 from .chat import CHATML, render
@@ -205,6 +206,8 @@ def _tokenizer_place(recipe: Recipe) -> tuple[str, str] | None:
     key, path = "model.from", recipe.model.from_
     if settings is not None:
         key, path = "data.tokenizer.from", settings.from_
+    elif file := find_gguf(str(path)):
+        path = str(unpack(file, Run(recipe.output).base))
     assert path is not None  # the recipe has one of them
     return find_tokenizer(path, key), key
 

@@ -162,7 +162,7 @@ def _encode(tokenizer: Any, recipe: Recipe, question: Prompt) -> list[int]:
 @contextlib.contextmanager
 def _base(model: Any, recipe: Recipe) -> Iterator[Any]:
     """What a fine-tuned model started from; None for one trained from nothing."""
-    from ..models.build import load_for_inference, resolve_base
+    from ..models.build import base_of, load_for_inference
 
     if recipe.model.from_ is None:
         yield None
@@ -170,7 +170,7 @@ def _base(model: Any, recipe: Recipe) -> Iterator[Any]:
         with model.disable_adapter():
             yield model
     else:
-        yield load_for_inference(resolve_base(recipe.model.from_))[0]
+        yield load_for_inference(base_of(recipe))[0]
 
 
 def _yardsticks(recipe: Recipe, prepared: PreparedData, split: str) -> dict[str, Any]:

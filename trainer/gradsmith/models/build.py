@@ -11,6 +11,7 @@ from ..errors import UserError
 from ..recipe import Recipe
 from ..run import Run, read_json
 from ..training.checkpoint import newest_checkpoint
+from .gguf import find_gguf, place, unpack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,6 +42,19 @@ def resolve_base(name: str | Path) -> str:
     return str(folder) if folder.is_dir() else str(name)
 
 
+def base_of(recipe: Recipe) -> str:
+    """The folder or hub name of the model at `model.from`.
+
+    A GGUF file is unpacked into the run's folder, once.
+
+    Raises:
+        UserError: as `resolve_base`, `find_gguf` and `unpack`.
+    """
+    name = str(recipe.model.from_)
+    file = find_gguf(name)
+    return resolve_base(name) if file is None else str(unpack(file, Run(recipe.output).base))
+
+
 def is_adapter(folder: str | Path) -> bool:
     return (Path(folder) / "adapter_config.json").is_file()
 
@@ -64,11 +78,11 @@ def build_model(
     torch.manual_seed(recipe.seed)
     adapter = recipe.model.adapter
     if adapter is not None:
-        base = _load(resolve_base(str(recipe.model.from_)), dtype)
+        base = _load(base_of(recipe), dtype)
         _check_vocabulary(base, recipe, tokenizer)
         model = _attach_adapter(base, recipe, weights)
     elif weights is not None or recipe.model.from_ is not None:
-        model = _load(str(weights or resolve_base(str(recipe.model.from_))), dtype)
+        model = _load(str(weights or base_of(recipe)), dtype)
         _check_vocabulary(model, recipe, tokenizer)
     else:
         model = _from_config(recipe, tokenizer, dtype)
@@ -83,7 +97,7 @@ def load_for_inference(
     """A model to evaluate or to generate with, and its tokenizer.
 
     Args:
-        path: anything that `resolve_base` takes; an adapter is put on its base.
+        path: anything that `resolve_base` takes, or a GGUF file; an adapter is put on its base.
         kernels: whether our kernels go under it.
 
     Raises:
@@ -102,7 +116,7 @@ def load_for_inference(
     else:
         model = _load(folder, None)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(**place(folder), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: no tokenizer can be read there: {error}") from None
     from ..training.engine import device
@@ -116,7 +130,7 @@ def load_for_inference(
 
 
 def _load(folder: str, dtype: torch.dtype | None) -> PreTrainedModel:
-    """A model from a folder or the hub: safetensors only, no code from there."""
+    """A model from a folder, the hub or a GGUF file: no pickled weights, no code from there."""
     from transformers import AutoModelForCausalLM
 
     if is_adapter(folder):
@@ -126,7 +140,7 @@ def _load(folder: str, dtype: torch.dtype | None) -> PreTrainedModel:
         )
     try:
         return AutoModelForCausalLM.from_pretrained(
-            folder,
+            **place(folder),
             dtype=dtype or "auto",
             use_safetensors=True,
             trust_remote_code=False,
