@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -170,3 +170,56 @@ def chosen(name: str, device: str, dtype: torch.dtype = torch.float32) -> str:
     """The backend that op `name` takes on `device` for `dtype` when none is asked for."""
     op: Op = importlib.import_module(f"gradsmith_kernels.{name}.op").OP
     return op.resolve(None, device, dtype)
+
+
+# ------------------------------------------------------------------------------------ precision
+
+# A training step's speed in bfloat16 over that in float32, for each level of the instruction set.
+# Below avx512bf16 torch widens bfloat16 in a slow loop. Measured: docs/log.md, "Precision".
+_BF16_OVER_FP32 = {"portable": 0.1, "avx2": 0.15, "avx512": 0.3, "avx512bf16": 1.4, "amx": 3.0}
+
+# What oneDNN may use, where its environment variable holds it down; other values do not lower it.
+_ONEDNN_LEVELS = {
+    "SSE41": "portable",
+    "AVX": "portable",
+    "AVX2": "avx2",
+    "AVX2_VNNI": "avx2",
+    "AVX2_VNNI_2": "avx2",
+    "AVX512_CORE": "avx512",
+    "AVX512_CORE_VNNI": "avx512",
+    "AVX512_CORE_BF16": "avx512bf16",
+    "AVX512_CORE_FP16": "avx512bf16",
+}
+
+
+class Bf16(NamedTuple):
+    """Whether a device trains at least as fast in bfloat16 as in float32."""
+
+    fast: bool
+    device: str
+    """The device, in what decides: "this CPU (avx2)", a GPU's name."""
+    ratio: float | None
+    """The speed in bfloat16 over that in float32, measured on such a device; None: not measured."""
+
+
+def fast_bf16(device: torch.device | str) -> Bf16:
+    """Whether bfloat16 is the precision to train in on `device`.
+
+    A GPU has it in hardware or not. On a CPU the instruction set decides: that of the native
+    module (GRADSMITH_ISA holds it down), or that of torch's products where ONEDNN_MAX_CPU_ISA
+    holds those down further.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        return Bf16(fast, torch.cuda.get_device_name(device), None)
+    found = native()
+    if found is None:
+        return Bf16(False, "this CPU (instruction set unknown without the native module)", None)
+    levels = list(_BF16_OVER_FP32)
+    variables = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+    asked = next((value for name in variables if (value := os.environ.get(name))), "")
+    torchs = _ONEDNN_LEVELS.get(asked.upper(), levels[-1])
+    level = min(found["isa"], torchs, key=levels.index)
+    ratio = _BF16_OVER_FP32[level]
+    return Bf16(ratio >= 1, f"this CPU ({level})", ratio)

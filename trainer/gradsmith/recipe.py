@@ -279,7 +279,9 @@ class Training(Node):
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     clip: PositiveFloat | None = Field(1.0, description="largest global gradient norm, or null")
-    precision: Literal["bf16", "fp32", "fp16"] = "bf16"
+    precision: Literal["auto", "bf16", "fp32", "fp16"] = Field(
+        "auto", description="auto: bf16 where the device is fast in it, else fp32"
+    )
     zero: Zero = Zero()
     activation_checkpointing: bool = False
     log: Log = Log()

@@ -119,15 +119,19 @@ def _summary(c: _Contents) -> str:
         what += f", {_count(total)} parameters"
         if trained and trained != total:
             what += f" ({_count(trained)} trained)"
+    asked = (c.provenance.get("precision") or {}).get("asked")
+    auto = " (auto)" if asked == "auto" else ""
     return (
         f"{what[0].upper()}{what[1:]}. {data['task'].replace('_', ' ').capitalize()}, "
         f"{training['global_batch']} sequences of {data['sequence_length']} tokens in a step, "
-        f"{training['precision']}, ZeRO stage {training['zero']['stage']}."
+        f"{training['precision']}{auto}, ZeRO stage {training['zero']['stage']}."
     )
 
 
 def _warnings(c: _Contents) -> str:
     out = []
+    if price := (c.provenance.get("precision") or {}).get("price"):
+        out.append(f"{price}. training.precision: auto takes the faster one.")
     if not c.train:
         out.append("No training step has been logged yet.")
     odd = [row["step"] for row in c.train if not is_finite(row.get("loss"))]

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from ..checks import check_recipe
+from ..checks import check_recipe, going_on
 from ..console import TrainingProgress, quiet, say
 from ..data.loader import Batch, Loader, evaluation_batches
 from ..data.packing import Sequences
@@ -271,6 +271,8 @@ def _build(recipe: Recipe, run: Run, fresh: bool) -> Session:
     data = _first(lambda: _open(recipe, run, fresh))
     if data is None:  # another rank prepared it
         data = PreparedData.open(run.data)
+    # Rank 0 has settled what auto stands for, so that machines that differ train alike.
+    asked, recipe = recipe.training.precision, engines.settle_precision(recipe, run.recipe())
     sequences = _sequences(recipe, data, "train")
     guards.check_data(data, sequences)
     loader = Loader(sequences, seed=recipe.seed, global_batch=recipe.training.global_batch)
@@ -293,6 +295,7 @@ def _build(recipe: Recipe, run: Run, fresh: bool) -> Session:
     if start is not None:
         _resume(session, start)
     if engines.rank() == 0:
+        price = engines.precision_price(recipe.training.precision)
         run.rewind_metrics(session.step)
         run.write_provenance(
             parameters=total,
@@ -301,9 +304,12 @@ def _build(recipe: Recipe, run: Run, fresh: bool) -> Session:
             threads=torch.get_num_threads(),
             zero=recipe.dump()["training"]["zero"],
             seconds=session.seconds,
+            precision={"asked": asked, "price": price},
             **kernels,
         )
-        say(_headline(session, total, trainable))
+        say(_headline(session, total, trainable, asked))
+        if price:
+            say(f"{recipe.name}: warning: {price}")
     return session
 
 
@@ -330,8 +336,10 @@ def _open(recipe: Recipe, run: Run, fresh: bool) -> PreparedData:
         shutil.rmtree(run.checkpoints, ignore_errors=True)
         for path in (run.metrics_path, run.evaluation_path, run.report_path):
             path.unlink(missing_ok=True)
-    elif run.recipe_path.is_file() and run.checkpoints.is_dir():
-        guards.check_same_run(run.recipe(), recipe, run.folder)
+    before = going_on(recipe)
+    recipe = engines.settle_precision(recipe, before)
+    if before is not None:
+        guards.check_same_run(before, recipe, run.folder)
     run.write_recipe(recipe)
     return prepare(recipe, log=say)
 
@@ -447,13 +455,14 @@ def _describe(session: Session, seconds: float) -> None:
     write_json(session.run.provenance_path, {**provenance, "seconds": seconds})
 
 
-def _headline(session: Session, total: int, trainable: int) -> str:
+def _headline(session: Session, total: int, trainable: int, asked: str) -> str:
     recipe, world = session.recipe, engines.world()
+    auto = " (auto)" if asked == "auto" else ""
     share = "" if trainable == total else f", {trainable:,} of them trained"
     rows = len(session.loader.sequences)
     return (
         f"{recipe.name}: {total:,} parameters{share}; {rows:,} sequences of "
-        f"{recipe.data.sequence_length}; {recipe.training.precision}, ZeRO-"
+        f"{recipe.data.sequence_length}; {recipe.training.precision}{auto}, ZeRO-"
         f"{recipe.training.zero.stage}, {world} rank{'s' * (world > 1)} x "
         f"{torch.get_num_threads()} threads"
     )
