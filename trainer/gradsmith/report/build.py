@@ -180,6 +180,8 @@ def _tiles(c: _Contents) -> str:
         text = f"{last['step']:,} steps"
         if c.provenance.get("seconds"):
             text += f" in {_duration(c.provenance['seconds'])}"
+        if minutes := c.recipe["training"]["minutes"]:
+            text += f", of {minutes:g} minutes"
         tiles.append(("Tokens trained on", _count(last["tokens"]), text))
         speeds = sorted(
             row["tokens_per_second"] for row in c.train if is_finite(row.get("tokens_per_second"))
