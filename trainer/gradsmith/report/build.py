@@ -95,6 +95,7 @@ def _section(c: _Contents, index: int) -> str:
         f'<section id="run-{index}"><h2>{escape(c.heading)}</h2>',
         f'<p class="soft">{escape(_summary(c))}</p>',
         _warnings(c),
+        _improvement(c),
         _tiles(c),
         _results(c),
         _curves(c),
@@ -150,6 +151,21 @@ def _warnings(c: _Contents) -> str:
             "gradsmith evaluate brings the results up to date."
         )
     return "".join(f'<p class="warning">{escape(text)}</p>' for text in out)
+
+
+def _improvement(c: _Contents) -> str:
+    """What fine-tuning has changed, in a sentence."""
+    metrics, base = c.evaluation.get("metrics"), c.evaluation.get("base")
+    if not metrics or not base or not is_finite(metrics["loss"]) or not is_finite(base["loss"]):
+        return ""
+    what = "answers" if c.evaluation.get("task") == "chat" else "text"
+    before, after = base["loss"], metrics["loss"]
+    text = (
+        f"Loss on held-out {what}: {before:.2f} nats per token before fine-tuning, {after:.2f} "
+        f"after ({after / before - 1:+.0%}). Next-token accuracy: {base['accuracy']:.1%} before, "
+        f"{metrics['accuracy']:.1%} after."
+    )
+    return f'<p class="lead">{escape(text)}</p>'
 
 
 def _tiles(c: _Contents) -> str:
@@ -428,8 +444,9 @@ def _table(title: str, heads: list[str], rows: list[list[str]], numbers: int) ->
 
 
 def _samples(c: _Contents) -> str:
-    samples = c.evaluation.get("samples") or []
-    if not samples:
+    drawn = c.evaluation.get("samples") or []
+    samples = [sample for sample in drawn if sample["output"].strip()]
+    if not drawn:
         return ""
     chat = c.evaluation.get("task") == "chat"
     names = ("The question", "its answer") if chat else ("It begins", "the model goes on")
@@ -451,9 +468,11 @@ def _samples(c: _Contents) -> str:
         )
     settings = c.evaluation.get("generation") or {}
     note = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in settings.items())
+    blank = len(drawn) - len(samples)
+    left_out = f" {blank} of {len(drawn)} came out blank and are left out." if blank else ""
     return (
         f"<h3>Samples</h3>{''.join(cards)}"
-        f'<p class="note">Drawn once and shown as they came: {escape(note)}.</p>'
+        f'<p class="note">Drawn once and shown as they came: {escape(note)}.{left_out}</p>'
     )
 
 
