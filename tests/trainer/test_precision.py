@@ -86,10 +86,10 @@ def test_validate_and_doctor_say_it(
     file.write_text(yaml.safe_dump(tiny("run", **AUTO).dump()))
     machine("avx2")
     assert main(["validate", str(file)]) == 0
-    assert "numbers fp32 (auto)\n" in capfd.readouterr().out
+    assert "dtype   fp32 (auto)\n" in capfd.readouterr().out
     assert main(["validate", str(file), "training.precision=bf16"]) == 0
     slow = "bf16 on this CPU (avx2): about "
-    assert f"numbers bf16\nwarning: {slow}" in capfd.readouterr().out
+    assert f"dtype   bf16\nwarning: {slow}" in capfd.readouterr().out
     assert main(["validate", str(file), "training.precision=bf16", "--json"]) == 0
     assert json.loads(capfd.readouterr().out)["precision_price"].startswith(slow)
     assert doctor._precision() == {
@@ -97,7 +97,7 @@ def test_validate_and_doctor_say_it(
     }  # fmt: skip
     machine("amx")
     assert main(["validate", str(file)]) == 0
-    assert "numbers bf16 (auto)\n" in capfd.readouterr().out
+    assert "dtype   bf16 (auto)\n" in capfd.readouterr().out
     assert main(["validate", str(file), "training.precision=fp32"]) == 0
     assert "warning: fp32 on this CPU (amx): about 3" in capfd.readouterr().out
     assert doctor._precision()["auto"] == "bf16"

@@ -18,7 +18,7 @@ from typing import Any
 
 from .console import quiet
 from .errors import UserError, did_you_mean
-from .recipe import Recipe
+from .recipe import LENGTHS, Recipe
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -61,7 +61,7 @@ class Summary:
                 f"  step    {self.tokens_per_step:,} tokens at most, on {ranks}, "
                 f"{self.accumulation} micro-batches each",
                 f"  length  {self.length}",
-                f"  numbers {self.precision}{auto}",
+                f"  dtype   {self.precision}{auto}",
                 *([price] if self.precision_price else []),
             )
         )
@@ -100,7 +100,7 @@ def check_recipe(recipe: Recipe, world: int = 1) -> Summary:
         steps = math.ceil(training.tokens / tokens_per_step)
     length = next(
         f"{value:g} {name}" if name != "tokens" else f"{value:,} tokens"
-        for name in ("steps", "tokens", "epochs", "minutes")
+        for name in LENGTHS
         if (value := getattr(training, name)) is not None
     )
     total, trainable = _count(model)
