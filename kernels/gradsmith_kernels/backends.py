@@ -174,9 +174,10 @@ def chosen(name: str, device: str, dtype: torch.dtype = torch.float32) -> str:
 
 # ------------------------------------------------------------------------------------ precision
 
-# A training step's speed in bfloat16 over that in float32, for each level of the instruction set.
-# Below avx512bf16 torch widens bfloat16 in a slow loop. Measured: docs/log.md, "Precision".
-_BF16_OVER_FP32 = {"portable": 0.1, "avx2": 0.15, "avx512": 0.3, "avx512bf16": 1.4, "amx": 3.0}
+# A training step's speed in bfloat16 over that in float32, for each level of the instruction set:
+# below avx512bf16 torch widens bfloat16 in a slow loop. Measured on an Intel CPU held down to each
+# level, but avx512bf16, which stands for Zen 4 and is estimated from its products (2.2 times).
+_BF16_OVER_FP32 = {"portable": 0.1, "avx2": 0.14, "avx512": 0.47, "avx512bf16": 1.4, "amx": 2.2}
 
 # What oneDNN may use, where its environment variable holds it down; other values do not lower it.
 _ONEDNN_LEVELS = {
@@ -213,13 +214,30 @@ def fast_bf16(device: torch.device | str) -> Bf16:
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
         return Bf16(fast, torch.cuda.get_device_name(device), None)
-    found = native()
-    if found is None:
+    level = _products_level()
+    if level is None:
         return Bf16(False, "this CPU (instruction set unknown without the native module)", None)
-    levels = list(_BF16_OVER_FP32)
-    variables = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
-    asked = next((value for name in variables if (value := os.environ.get(name))), "")
-    torchs = _ONEDNN_LEVELS.get(asked.upper(), levels[-1])
-    level = min(found["isa"], torchs, key=levels.index)
     ratio = _BF16_OVER_FP32[level]
     return Bf16(ratio >= 1, f"this CPU ({level})", ratio)
+
+
+def torch_multiplies_bf16() -> bool:
+    """Whether torch's bfloat16 products on this CPU are not its slow loop."""
+    return _products_level() in ("avx512bf16", "amx")
+
+
+@functools.cache
+def _held_down() -> str | None:
+    """The level that oneDNN's variable holds torch's products down to; oneDNN reads it once."""
+    variables = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+    asked = next((value for name in variables if (value := os.environ.get(name))), "")
+    return _ONEDNN_LEVELS.get(asked.upper())
+
+
+def _products_level() -> str | None:
+    """The lower of the native module's level and that of torch's products."""
+    found = native()
+    if found is None:
+        return None
+    levels = list(_BF16_OVER_FP32)
+    return min(found["isa"], _held_down() or levels[-1], key=levels.index)

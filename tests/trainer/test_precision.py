@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -25,7 +25,7 @@ AUTO = {"training.precision": "auto"}
 
 
 @pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """machine("avx2") has that instruction set; in machine("amx", "AVX2") oneDNN keeps to AVX2."""
     monkeypatch.setattr(engines, "device", lambda: torch.device("cpu"))
 
@@ -34,8 +34,11 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(backends, "native", lambda: native)
         monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", onednn)
+        backends._held_down.cache_clear()
 
-    return be
+    yield be
+    monkeypatch.undo()
+    backends._held_down.cache_clear()
 
 
 @pytest.mark.parametrize("onednn", ["", "DEFAULT", "ALL", "AVX512_CORE_AMX"])
@@ -62,6 +65,7 @@ def test_the_lower_of_our_level_and_onednns(
 ) -> None:
     machine(level, onednn)
     assert backends.fast_bf16("cpu").device == f"this CPU ({lower})"
+    assert backends.torch_multiplies_bf16() == (lower == "avx512bf16")
 
 
 def test_without_the_native_module_it_is_fp32(machine: Callable[..., None]) -> None:
@@ -99,7 +103,7 @@ def test_validate_and_doctor_say_it(
     assert main(["validate", str(file)]) == 0
     assert "dtype   bf16 (auto)\n" in capfd.readouterr().out
     assert main(["validate", str(file), "training.precision=fp32"]) == 0
-    assert "warning: fp32 on this CPU (amx): about 3" in capfd.readouterr().out
+    assert "warning: fp32 on this CPU (amx): about 2" in capfd.readouterr().out
     assert doctor._precision()["auto"] == "bf16"
 
 
@@ -119,7 +123,7 @@ def test_a_run_keeps_what_it_began_with(
     loop.train(longer)
     said = capfd.readouterr().out
     assert "going on from" in said
-    assert "warning: fp32 on this CPU (amx): about 3" in said
+    assert "warning: fp32 on this CPU (amx): about 2" in said
     assert run.recipe().training.precision == "fp32"
     provenance = read_json(run.provenance_path)["precision"]
     assert provenance["asked"] == "auto"
