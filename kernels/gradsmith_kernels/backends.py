@@ -177,7 +177,7 @@ def chosen(name: str, device: str, dtype: torch.dtype = torch.float32) -> str:
 # A training step's speed in bfloat16 over that in float32, for each level of the instruction set:
 # below avx512bf16 torch widens bfloat16 in a slow loop. Measured on an Intel CPU held down to each
 # level, but avx512bf16, which stands for Zen 4 and is estimated from its products (2.2 times).
-_BF16_OVER_FP32 = {"portable": 0.1, "avx2": 0.14, "avx512": 0.47, "avx512bf16": 1.4, "amx": 2.2}
+_BF16_OVER_FP32 = {"portable": 0.27, "avx2": 0.14, "avx512": 0.47, "avx512bf16": 1.4, "amx": 2.2}
 
 # What oneDNN may use, where its environment variable holds it down; other values do not lower it.
 _ONEDNN_LEVELS = {
