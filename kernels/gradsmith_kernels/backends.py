@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -179,3 +179,74 @@ def chosen(name: str, device: str, dtype: torch.dtype = torch.float32) -> str:
     """The backend that op `name` takes on `device` for `dtype` when none is asked for."""
     op: Op = importlib.import_module(f"gradsmith_kernels.{name}.op").OP
     return op.resolve(None, device, dtype)
+
+
+# ------------------------------------------------------------------------------------ precision
+
+# A training step's speed in bfloat16 over that in float32, for each level of the instruction set:
+# below avx512bf16 torch widens bfloat16 in a slow loop. Measured on an Intel CPU held down to each
+# level, but avx512bf16, which stands for Zen 4 and is estimated from its products (2.2 times).
+_BF16_OVER_FP32 = {"portable": 0.27, "avx2": 0.14, "avx512": 0.47, "avx512bf16": 1.4, "amx": 2.2}
+
+# What oneDNN may use, where its environment variable holds it down; other values do not lower it.
+_ONEDNN_LEVELS = {
+    "SSE41": "portable",
+    "AVX": "portable",
+    "AVX2": "avx2",
+    "AVX2_VNNI": "avx2",
+    "AVX2_VNNI_2": "avx2",
+    "AVX512_CORE": "avx512",
+    "AVX512_CORE_VNNI": "avx512",
+    "AVX512_CORE_BF16": "avx512bf16",
+    "AVX512_CORE_FP16": "avx512bf16",
+}
+
+
+class Bf16(NamedTuple):
+    """Whether a device trains at least as fast in bfloat16 as in float32."""
+
+    fast: bool
+    device: str
+    """The device, in what decides: "this CPU (avx2)", a GPU's name."""
+    ratio: float | None
+    """The speed in bfloat16 over that in float32, measured on such a device; None: not measured."""
+
+
+def fast_bf16(device: torch.device | str) -> Bf16:
+    """Whether bfloat16 is the precision to train in on `device`.
+
+    A GPU has it in hardware or not. On a CPU the instruction set decides: that of the native
+    module (GRADSMITH_ISA holds it down), or that of torch's products where ONEDNN_MAX_CPU_ISA
+    holds those down further.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        return Bf16(fast, torch.cuda.get_device_name(device), None)
+    level = _products_level()
+    if level is None:
+        return Bf16(False, "this CPU (instruction set unknown without the native module)", None)
+    ratio = _BF16_OVER_FP32[level]
+    return Bf16(ratio >= 1, f"this CPU ({level})", ratio)
+
+
+def torch_multiplies_bf16() -> bool:
+    """Whether torch's bfloat16 products on this CPU are not its slow loop."""
+    return _products_level() in ("avx512bf16", "amx")
+
+
+@functools.cache
+def _held_down() -> str | None:
+    """The level that oneDNN's variable holds torch's products down to; oneDNN reads it once."""
+    variables = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+    asked = next((value for name in variables if (value := os.environ.get(name))), "")
+    return _ONEDNN_LEVELS.get(asked.upper())
+
+
+def _products_level() -> str | None:
+    """The lower of the native module's level and that of torch's products."""
+    found = native()
+    if found is None:
+        return None
+    levels = list(_BF16_OVER_FP32)
+    return min(found["isa"], _held_down() or levels[-1], key=levels.index)

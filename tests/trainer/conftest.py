@@ -57,6 +57,7 @@ def tiny_tree(corpus: Path, output: Path) -> dict[str, Any]:
             "global_batch": 8,
             "micro_batch": 2,
             "optimizer": {"lr": 3e-3},
+            "precision": "bf16",  # on every machine, also where auto would take fp32
             "validate": {"every": 100, "sequences": 4},
             "checkpoint": {"every": 100, "keep": 2},
         },

@@ -94,5 +94,8 @@ def test_quickstart_overrides_reach_the_recipes_that_they_fit() -> None:
 def test_quickstart_recipes_fit_together() -> None:
     pretrain, finetune = quickstart._recipes([])
     assert finetune.model.from_ == pretrain.output
+    # as long on every machine, in what each is fast in
+    assert (pretrain.training.minutes, finetune.training.minutes) == (4, 1)
+    assert pretrain.training.precision == finetune.training.precision == "auto"
     # the same documents are held out only under the same seed and shares
     assert (finetune.seed, finetune.data.split) == (pretrain.seed, pretrain.data.split)

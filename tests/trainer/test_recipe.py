@@ -361,3 +361,13 @@ def test_every_recipe_of_the_project_reads() -> None:
     assert len(names) == len(paths)
     for path in paths:  # what a recipe writes belongs to it alone
         assert load_recipe(path).output.startswith("runs/")
+
+
+def test_an_override_of_the_length_replaces_the_recipes(tmp_path: Path) -> None:
+    file = write(tmp_path, yaml.safe_dump(changed("training", {"minutes": 3})))
+    assert load_recipe(file).training.minutes == 3
+    training = load_recipe(file, ["training.steps=7"]).training
+    assert (training.steps, training.minutes) == (7, None)
+    assert load_recipe(file, ["training.minutes=5", "training.clip=2.0"]).training.minutes == 5
+    with pytest.raises(UserError, match="exactly one of steps, tokens"):
+        load_recipe(file, ["training.steps=7", "training.epochs=1"])

@@ -109,7 +109,8 @@ def make_run(folder, steps=60, evaluated=True, prepared=True, **model) -> Run:
         }  # fmt: skip
         xz = {"bits_per_byte": 2.5, "primed_bits_per_byte": 1.0, "train_bytes": 8_400_000}
         ngram = {"bits_per_byte": 1.0, "order": 8, "train_bytes": 2_000_000}
-        base = {**metrics, "bits_per_byte": 2.0} if model else None
+        before = {"bits_per_byte": 2.0, "loss": 4.0, "accuracy": 0.25}
+        base = {**metrics, **before} if model else None
         write_json(
             run.evaluation_path,
             {"split": "test", "task": "chat" if model else "language_modeling",
@@ -137,6 +138,8 @@ def test_a_whole_report_of_two_runs(tmp_path):
         "25% above byte 8-gram", "38% below its base", "12.3 M parameters", "246 k",
         "1 h 01 min", "rms_norm under the model", "cpu, 2 modules", "123.5 kB", "stage: 1",
         "LoRA rank 4", "abababababababab",
+        "held-out answers: 4.00 nats per token before fine-tuning, 2.00 after (-50%)",
+        "accuracy: 25.0% before, 50.0% after",
     ):  # fmt: skip
         assert expected in page.text, expected
     charts = [a for _, a in page.tags if "data-chart" in a]
@@ -144,6 +147,29 @@ def test_a_whole_report_of_two_runs(tmp_path):
     names = [[s["name"] for s in json.loads(c["data-chart"])["series"]] for c in charts]
     assert names[0] == ["training, smoothed", "validation"]
     assert names[1] == ["validation"]
+
+
+def test_blank_samples_are_left_out_and_counted(tmp_path):
+    run = make_run(tmp_path / "a")
+    found = read_json(run.evaluation_path)
+    sample = {"prompt": "a prompt", "output": "an output", "reference": None, "base_output": None}
+    blank = {"prompt": "of a blank one", "output": " \n\t", "reference": None, "base_output": None}
+    write_json(run.evaluation_path, {**found, "samples": [sample, blank, blank]})
+    _, page = build([run], tmp_path)
+    assert "an output" in page.text
+    assert "of a blank one" not in page.text
+    assert "2 of 3 came out blank and are left out." in page.text
+
+
+def test_minutes_and_what_they_reached(tmp_path):
+    run = make_run(tmp_path / "a")
+    recipe = run.recipe()
+    lengths = {"steps": None, "minutes": 61.5}
+    training = recipe.training.model_copy(update=lengths)
+    run.write_recipe(recipe.model_copy(update={"training": training}))
+    _, page = build([run], tmp_path)
+    assert "60 steps in 1 h 01 min, of 61.5 minutes" in page.text
+    assert "246 k" in page.text
 
 
 def test_nothing_is_loaded_and_only_our_script_runs(tmp_path):

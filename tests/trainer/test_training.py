@@ -311,7 +311,53 @@ def test_lengths(tiny: Tiny, length: str) -> None:
         assert result["step"] == max(1, round(0.02 * rows / 8))
     else:
         assert result["step"] >= 1
-        assert result["lr"] < 3e-3 / 2  # the schedule follows the clock to its end
+
+
+def test_minutes_count_steps_and_the_rate_reaches_its_end(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock of the test: a step takes a second, a validation and a checkpoint a minute."""
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def slowly(name: str, seconds: float) -> None:
+        real = getattr(loop, name)
+
+        def work(*arguments: object) -> object:
+            now[0] += seconds
+            return real(*arguments)
+
+        monkeypatch.setattr(loop, name, work)
+
+    slowly("optimizer_step", 1.0)
+    slowly("validate", 60.0)
+    slowly("_save", 60.0)
+    settings = {
+        "training.steps": None,
+        "training.minutes": 0.5,
+        "training.schedule": {"name": "linear", "warmup": 0.2, "final": 0.1},
+        "training.validate.every": 4,
+        "training.checkpoint.every": 10,
+    }
+    recipe = tiny("run", **settings)
+    real = loop.optimizer_step
+
+    def until_killed(session: loop.Session, asked_to_stop: bool = False) -> object:
+        if session.step == 15:
+            raise KeyboardInterrupt
+        return real(session, asked_to_stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "optimizer_step", until_killed)
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(recipe)
+    assert loop.train(recipe)["step"] == 30  # from the checkpoint of step 10 on, 20 seconds more
+    rows = [row for row in Run(recipe.output).read_metrics() if row["kind"] == "train"]
+    assert [row["time"] for row in rows] == list(range(1, 31))
+    assert [row["lr"] for row in rows] == pytest.approx(
+        [loop.learning_rate(recipe, step / 30) for step in range(30)]
+    )
+    assert rows[-1]["lr"] < 0.1 * 3e-3 + (1 - 0.1) * 3e-3 / 20  # a step before the end of the fall
 
 
 def test_activation_checkpointing_gives_the_same_losses(tiny: Tiny) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from .console import quiet
 from .errors import UserError, did_you_mean
-from .recipe import Recipe
+from .recipe import LENGTHS, Recipe
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -39,6 +39,9 @@ class Summary:
     tokens_per_step: int
     steps: int | None
     length: str
+    precision: str
+    precision_asked: str
+    precision_price: str | None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -49,6 +52,8 @@ class Summary:
             share = self.trainable_parameters / self.parameters
             trained = f"{self.trainable_parameters:,} of them trained ({share:.2%})"
         ranks = f"{self.world} rank" + "s" * (self.world > 1)
+        auto = " (auto)" if self.precision_asked == "auto" else ""
+        price = f"warning: {self.precision_price}"
         return "\n".join(
             (
                 f"{self.name}: the recipe is good",
@@ -56,6 +61,8 @@ class Summary:
                 f"  step    {self.tokens_per_step:,} tokens at most, on {ranks}, "
                 f"{self.accumulation} micro-batches each",
                 f"  length  {self.length}",
+                f"  dtype   {self.precision}{auto}",
+                *([price] if self.precision_price else []),
             )
         )
 
@@ -66,8 +73,12 @@ def check_recipe(recipe: Recipe, world: int = 1) -> Summary:
     Raises:
         UserError: naming every problem found.
     """
-    from .training.engine import check_precision
+    from .training.engine import check_precision, precision_price, settle_precision
 
+    asked, before = recipe.training.precision, None
+    with contextlib.suppress(UserError):  # training says what is wrong with the run there
+        before = going_on(recipe)
+    recipe = settle_precision(recipe, before)
     problems: list[str] = []
     with _collect(problems):
         recipe.training.accumulation(world)
@@ -89,7 +100,7 @@ def check_recipe(recipe: Recipe, world: int = 1) -> Summary:
         steps = math.ceil(training.tokens / tokens_per_step)
     length = next(
         f"{value:g} {name}" if name != "tokens" else f"{value:,} tokens"
-        for name in ("steps", "tokens", "epochs", "minutes")
+        for name in LENGTHS
         if (value := getattr(training, name)) is not None
     )
     total, trainable = _count(model)
@@ -103,7 +114,18 @@ def check_recipe(recipe: Recipe, world: int = 1) -> Summary:
         tokens_per_step=tokens_per_step,
         steps=steps,
         length=length,
+        precision=recipe.training.precision,
+        precision_asked=asked,
+        precision_price=precision_price(recipe.training.precision),
     )
+
+
+def going_on(recipe: Recipe) -> Recipe | None:
+    """The recipe of the run in `recipe.output` that training would go on with; None: it begins."""
+    from .run import Run
+
+    run = Run(recipe.output)
+    return run.recipe() if run.recipe_path.is_file() and run.checkpoints.is_dir() else None
 
 
 @contextlib.contextmanager

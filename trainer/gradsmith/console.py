@@ -149,7 +149,7 @@ class TrainingProgress:
         self._step = step
         place, numbers = self._place(step), self._numbers(step, row)
         if self._rich:
-            completed = self._share(step)
+            completed = self._share(step, row)
             self._rich.update(self._task, completed=completed, place=place, numbers=numbers)
             return
         now = time.monotonic()
@@ -172,20 +172,20 @@ class TrainingProgress:
     def _place(self, step: int) -> str:
         return f"step {step}" + (f"/{self._total_steps}" if self._total_steps else "")
 
-    def _share(self, step: int) -> float:
+    def _share(self, step: int, row: dict[str, Any]) -> float:
         if self._total_steps is not None:
             return step / self._total_steps
         assert self._seconds is not None
-        return min(1.0, (time.monotonic() - self._began) / self._seconds)
+        return min(1.0, float(row["time"]) / self._seconds)
 
     def _numbers(self, step: int, row: dict[str, Any]) -> str:
-        elapsed = time.monotonic() - self._began
         if self._total_steps is not None:
+            elapsed = time.monotonic() - self._began
             done = max(1, step - self._start_step)
             left = elapsed / done * (self._total_steps - step)
         else:
             assert self._seconds is not None
-            left = max(0.0, self._seconds - elapsed)
+            left = max(0.0, self._seconds - row["time"])
         numbers = [f"loss {row['loss']:.4f}"]
         if row.get("tokens_per_second") is not None:
             numbers.append(f"{row['tokens_per_second']:,.0f} tokens/s")

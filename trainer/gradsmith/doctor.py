@@ -33,6 +33,7 @@ def examine() -> dict[str, Any]:
         gpus: name and memory in bytes of each; nothing is allocated on them.
         tools: the version line of each compiler, or None.
         versions: of Python and the libraries.
+        precision: what `training.precision: auto` takes here, and the device that decides it.
         kernels: isa and threading of the native module (None where it is not built), and
             ops: op -> backend -> None, or why it cannot run here.
         missing: what is not there, what it is for and how to get it.
@@ -42,6 +43,7 @@ def examine() -> dict[str, Any]:
         "gpus": _gpus(),
         "tools": {name: _version_line(name) for name in ("c++", "nvcc")},
         "versions": {"python": platform.python_version(), **versions()},
+        "precision": _precision(),
         "kernels": _kernels(),
     }
     return {**found, "missing": _missing(found)}
@@ -82,6 +84,16 @@ def _gpus() -> list[dict[str, Any]]:
 
     properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return [{"name": p.name, "memory": p.total_memory} for p in properties]
+
+
+def _precision() -> dict[str, str]:
+    from gradsmith_kernels.backends import fast_bf16
+
+    from .training.engine import device
+
+    bf16 = fast_bf16(device())
+    why = f"bf16 is {'fast' if bf16.fast else 'slower than fp32'} on {bf16.device}"
+    return {"auto": "bf16" if bf16.fast else "fp32", "why": why}
 
 
 def _version_line(program: str) -> str | None:
@@ -137,7 +149,7 @@ def show(found: dict[str, Any]) -> None:
 
     from .console import show
 
-    machine, tools = found["machine"], found["tools"]
+    machine, tools, precision = found["machine"], found["tools"], found["precision"]
     gpus = [f"{gpu['name']}, {gpu['memory'] / 2**30:.0f} GiB" for gpu in found["gpus"]]
     native = found["kernels"]["native"]
     facts = {
@@ -149,6 +161,7 @@ def show(found: dict[str, Any]) -> None:
         "compilers": "\n".join(f"{name}: {line or 'not found'}" for name, line in tools.items()),
         "native module": f"built; uses {native['isa']} of {', '.join(native['isa_levels'])}; "
         f"threads by {native['threading']}" if native else "not built",
+        "precision": f"auto takes {precision['auto']}: {precision['why']}",
         "versions": ", ".join(f"{name} {v}" for name, v in found["versions"].items()),
     }  # fmt: skip
     show(_grid("Machine", facts))

@@ -271,6 +271,9 @@ class Log(Node):
     every: PositiveInt = 1
 
 
+LENGTHS = ("steps", "tokens", "epochs", "minutes")
+
+
 class Training(Node):
     steps: PositiveInt | None = None
     tokens: PositiveInt | None = None
@@ -281,7 +284,9 @@ class Training(Node):
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     clip: PositiveFloat | None = Field(1.0, description="largest global gradient norm, or null")
-    precision: Literal["bf16", "fp32", "fp16"] = "bf16"
+    precision: Literal["auto", "bf16", "fp32", "fp16"] = Field(
+        "auto", description="auto: bf16 where the device is fast in it, else fp32"
+    )
     zero: Zero = Zero()
     activation_checkpointing: bool = False
     log: Log = Log()
@@ -290,11 +295,7 @@ class Training(Node):
 
     @model_validator(mode="after")
     def _consistent(self) -> Training:
-        lengths = {
-            name: getattr(self, name)
-            for name in ("steps", "tokens", "epochs", "minutes")
-            if getattr(self, name) is not None
-        }
+        lengths = {name: getattr(self, name) for name in LENGTHS if getattr(self, name) is not None}
         if len(lengths) != 1:
             raise ValueError(
                 "give exactly one of steps, tokens, epochs and minutes; found "
@@ -435,6 +436,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             f"{path}: a recipe is a mapping with {', '.join(Recipe.model_fields)}; "
             f"found {_describe(tree)}"
         )
+    _drop_lengths(tree, overrides)
     for override in overrides:
         _apply_override(tree, override)
     return parse_recipe(tree, where=str(path))
@@ -447,6 +449,17 @@ def parse_recipe(tree: dict[str, Any], where: str = "recipe") -> Recipe:
     except ValidationError as error:
         problems = [_explain(problem) for problem in error.errors()]
         raise UserError("\n".join([f"{where}:", *(f"  {p}" for p in problems)])) from None
+
+
+def _drop_lengths(tree: dict[str, Any], overrides: Sequence[str]) -> None:
+    """An override that says how long to train replaces what the file says, in whatever unit."""
+    given = [override.partition("=")[0].strip().rpartition(".") for override in overrides]
+    training = tree.get("training")
+    if isinstance(training, dict) and any(
+        path == "training" and key in LENGTHS for path, _, key in given
+    ):
+        for name in LENGTHS:
+            training.pop(name, None)
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

@@ -12,6 +12,8 @@ and mirrored. Of two ways the one with less work is taken:
 Q is computed from G's eigenvalues, or by the iteration itself,
 P = a I + b A + c A^2,   Q = Q P,   A = A P P.
 The first is less work, by a third to a half, the second is shared better among threads.
+
+Where torch multiplies bfloat16 in a slow loop (AVX2), all products are in float32.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from gradsmith_kernels.backends import torch_multiplies_bf16
 
 SMALL = 128  # matrices with fewer rows are no more work in float32; also the smallest blocks
 
@@ -43,9 +47,10 @@ def _gram_is_less(m: int, n: int, steps: int) -> bool:
     if m < SMALL:
         return False
     half = sum((r1 - r0) * (c1 - c0) for r0, r1, c0, c1 in _triangle(m))
-    direct = steps * (half * (n + m) + m * m * n)
+    one = 1 if torch_multiplies_bf16() else 2
+    direct = one * steps * (half * (n + m) + m * m * n)
     polynomial = EIGENVALUES * m**3 if _few_threads() else 2 * half * (4 * steps - 3) * m
-    gram = 2 * half * n + polynomial + m * m * n
+    gram = 2 * half * n + polynomial + one * m * m * n
     return gram < direct
 
 
@@ -97,6 +102,10 @@ def _gram(x: Tensor, result: Tensor, steps: int, coefficients: Sequence[float], 
     polynomial = _by_eigenvalues if _few_threads() else _by_products
     q = polynomial(gram, steps, coefficients)
     q *= scale
+    if not torch_multiplies_bf16():
+        product = q @ wide
+        result.copy_(product.t() if tall else product)
+        return
     rounded = q.bfloat16()
     # Where singular values are small, q is nearly a multiple of the identity: what rounding takes
     # from its diagonal would all go in one direction. The rest averages out over m elements.
@@ -142,7 +151,8 @@ def _direct(
     y = (x.t() if tall else x).to(torch.float32, memory_format=torch.contiguous_format)
     m = y.shape[0]
     y = y / torch.linalg.matrix_norm(y).clamp(min=eps)
-    if x.dtype == torch.bfloat16 and m >= SMALL:  # float16 products are slow on CPUs
+    # float16 products are slow on all CPUs
+    if x.dtype == torch.bfloat16 and m >= SMALL and torch_multiplies_bf16():
         y = y.bfloat16()
     gram, p = (torch.empty(m, m, dtype=y.dtype) for _ in range(2))
     other = torch.empty_like(y)

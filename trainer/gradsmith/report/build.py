@@ -95,6 +95,7 @@ def _section(c: _Contents, index: int) -> str:
         f'<section id="run-{index}"><h2>{escape(c.heading)}</h2>',
         f'<p class="soft">{escape(_summary(c))}</p>',
         _warnings(c),
+        _improvement(c),
         _tiles(c),
         _results(c),
         _curves(c),
@@ -119,15 +120,19 @@ def _summary(c: _Contents) -> str:
         what += f", {_count(total)} parameters"
         if trained and trained != total:
             what += f" ({_count(trained)} trained)"
+    asked = (c.provenance.get("precision") or {}).get("asked")
+    auto = " (auto)" if asked == "auto" else ""
     return (
         f"{what[0].upper()}{what[1:]}. {data['task'].replace('_', ' ').capitalize()}, "
         f"{training['global_batch']} sequences of {data['sequence_length']} tokens in a step, "
-        f"{training['precision']}, ZeRO stage {training['zero']['stage']}."
+        f"{training['precision']}{auto}, ZeRO stage {training['zero']['stage']}."
     )
 
 
 def _warnings(c: _Contents) -> str:
     out = []
+    if price := (c.provenance.get("precision") or {}).get("price"):
+        out.append(f"{price}. training.precision: auto takes the faster one.")
     if not c.train:
         out.append("No training step has been logged yet.")
     odd = [row["step"] for row in c.train if not is_finite(row.get("loss"))]
@@ -146,6 +151,21 @@ def _warnings(c: _Contents) -> str:
             "gradsmith evaluate brings the results up to date."
         )
     return "".join(f'<p class="warning">{escape(text)}</p>' for text in out)
+
+
+def _improvement(c: _Contents) -> str:
+    """What fine-tuning has changed, in a sentence."""
+    metrics, base = c.evaluation.get("metrics"), c.evaluation.get("base")
+    if not metrics or not base or not is_finite(metrics["loss"]) or not is_finite(base["loss"]):
+        return ""
+    what = "answers" if c.evaluation.get("task") == "chat" else "text"
+    before, after = base["loss"], metrics["loss"]
+    text = (
+        f"Loss on held-out {what}: {before:.2f} nats per token before fine-tuning, {after:.2f} "
+        f"after ({after / before - 1:+.0%}). Next-token accuracy: {base['accuracy']:.1%} before, "
+        f"{metrics['accuracy']:.1%} after."
+    )
+    return f'<p class="lead">{escape(text)}</p>'
 
 
 def _tiles(c: _Contents) -> str:
@@ -176,6 +196,8 @@ def _tiles(c: _Contents) -> str:
         text = f"{last['step']:,} steps"
         if c.provenance.get("seconds"):
             text += f" in {_duration(c.provenance['seconds'])}"
+        if minutes := c.recipe["training"]["minutes"]:
+            text += f", of {minutes:g} minutes"
         tiles.append(("Tokens trained on", _count(last["tokens"]), text))
         speeds = sorted(
             row["tokens_per_second"] for row in c.train if is_finite(row.get("tokens_per_second"))
@@ -422,8 +444,9 @@ def _table(title: str, heads: list[str], rows: list[list[str]], numbers: int) ->
 
 
 def _samples(c: _Contents) -> str:
-    samples = c.evaluation.get("samples") or []
-    if not samples:
+    drawn = c.evaluation.get("samples") or []
+    samples = [sample for sample in drawn if sample["output"].strip()]
+    if not drawn:
         return ""
     chat = c.evaluation.get("task") == "chat"
     names = ("The question", "its answer") if chat else ("It begins", "the model goes on")
@@ -445,9 +468,11 @@ def _samples(c: _Contents) -> str:
         )
     settings = c.evaluation.get("generation") or {}
     note = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in settings.items())
+    blank = len(drawn) - len(samples)
+    left_out = f" {blank} of {len(drawn)} came out blank and are left out." if blank else ""
     return (
         f"<h3>Samples</h3>{''.join(cards)}"
-        f'<p class="note">Drawn once and shown as they came: {escape(note)}.</p>'
+        f'<p class="note">Drawn once and shown as they came: {escape(note)}.{left_out}</p>'
     )
 
 

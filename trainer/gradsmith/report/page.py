@@ -45,6 +45,7 @@ p { margin: 0 0 10px; max-width: 76ch; }
 nav { margin-top: 12px; font-size: 14px; }
 nav a { color: var(--steel); text-decoration: none; margin-right: 18px; }
 nav a:hover { text-decoration: underline; }
+.lead { font-size: 17px; font-weight: 560; margin: 14px 0; max-width: none; }
 .warning {
   background: var(--wash); border-left: 3px solid var(--ember); padding: 8px 14px; margin: 14px 0;
   border-radius: 0 6px 6px 0; max-width: none;

@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from ..checks import check_recipe
-from ..console import TrainingProgress, quiet, say
+from ..checks import check_recipe, going_on
+from ..console import TrainingProgress, duration, quiet, say
 from ..data.loader import Batch, Loader, evaluation_batches
 from ..data.packing import Sequences
 from ..data.prepare import prepare
@@ -72,25 +72,25 @@ class Session:
     fused_loss: bool = False  # whether the model computes its loss without its logits
     step: int = 0  # done
     tokens: int = 0  # read, without padding
-    seconds: float = 0.0  # trained in earlier processes
+    seconds: float = 0.0  # spent in steps, on rank 0's clock: not in validations and checkpoints
 
     @property
     def held_out(self) -> bool:
         """Whether there is a validation split."""
         return bool(self.data.manifest["splits"]["validation"]["documents"])
 
-    def progress(self, elapsed: float) -> float:
+    def progress(self) -> float:
         """The share of the run that is done, from which the learning rate follows."""
         if self.total is not None:
             return self.step / self.total
         minutes = self.recipe.training.minutes
         assert minutes is not None
-        return min(1.0, elapsed / (60 * minutes))
+        return min(1.0, self.seconds / (60 * minutes))
 
-    def state(self, elapsed: float) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         return {
             "tokens": self.tokens,
-            "seconds": elapsed,
+            "seconds": self.seconds,
             "world": engines.world(),
             "zero_stage": self.recipe.training.zero.stage,
             "data": self.data.fingerprint,
@@ -104,22 +104,21 @@ def _train(session: Session, stop: guards.StopRequest) -> dict[str, Any]:
     recipe, run, engine = session.recipe, session.run, session.engine
     settings, divergence = recipe.training, guards.Divergence()
     minutes = settings.minutes if session.total is None else None
-    began = logged = time.monotonic()
-    tokens_logged = session.tokens
+    logged = (session.tokens, session.seconds)
     row: dict[str, Any] = {}
     with TrainingProgress(recipe.name, session.total, session.step, minutes=minutes) as bar:
-        while True:
-            elapsed = _agree(session.seconds + time.monotonic() - began)
-            if (progress := session.progress(elapsed)) >= 1:
-                break
+        while (progress := session.progress()) < 1:
+            began = time.monotonic()
             rate = learning_rate(recipe, progress)
             engines.set_learning_rate(engine, rate)
             loss, norm, stopping = optimizer_step(session, stop.signal is not None)
             session.tokens += session.loader.tokens(session.step)
             session.step += 1
+            # Validations and checkpoints do not count: the schedule would jump over their time.
+            session.seconds = _agree(session.seconds + time.monotonic() - began)
             sound = divergence.check(session.step, loss, norm)
             if session.step % settings.log.every == 0 or session.step == session.total:
-                now = time.monotonic()
+                tokens, seconds = session.tokens - logged[0], session.seconds - logged[1]
                 row = {
                     "kind": "train",
                     "step": session.step,
@@ -127,31 +126,29 @@ def _train(session: Session, stop: guards.StopRequest) -> dict[str, Any]:
                     "loss": loss,
                     "lr": rate,
                     "grad_norm": norm,
-                    "tokens_per_second": (session.tokens - tokens_logged) / (now - logged),
-                    "time": session.seconds + now - began,
+                    "tokens_per_second": tokens / seconds,
+                    "time": session.seconds,
                 } | ({} if sound else {"skipped": True})
                 _log(run, row)
                 bar.update(session.step, row)
-                logged, tokens_logged = now, session.tokens
+                logged = (session.tokens, session.seconds)
             if session.held_out and session.step % settings.validate_.every == 0:
-                bar.update(session.step, validate(session, session.seconds + logged - began))
-                logged = time.monotonic()
+                bar.update(session.step, validate(session))
             if stopping or session.step % settings.checkpoint.every == 0:
-                _save(session, session.seconds + time.monotonic() - began)
-                logged = time.monotonic()
+                _save(session)
             if stopping:
                 raise RunError(
                     f"stopped by a signal after step {session.step}; the state is saved in "
                     f"{run.checkpoints}, and the same command goes on from there"
                 )
         if _newest_step(run) != session.step:
-            _save(session, elapsed)
+            _save(session)
         validation = _last_row(run, "validation")
         if session.held_out and (validation is None or validation["step"] != session.step):
-            validation = validate(session, elapsed)
+            validation = validate(session)
             bar.update(session.step, validation)
     if engines.rank() == 0:
-        _describe(session, elapsed)
+        _describe(session)
     return {**(row or _last_row(run, "train") or {}), "validation": validation}
 
 
@@ -231,7 +228,7 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int(entropy >> np.uint64(1)))
 
 
-def validate(session: Session, elapsed: float) -> dict[str, Any]:
+def validate(session: Session) -> dict[str, Any]:
     """Metrics on the first held-out sequences, over all ranks, as a row of metrics.jsonl."""
     settings, rank, world = session.recipe.training, engines.rank(), engines.world()
     sequences = _sequences(session.recipe, session.data, "validation")
@@ -258,7 +255,7 @@ def validate(session: Session, elapsed: float) -> dict[str, Any]:
         "loss": metrics["loss"],
         "bits_per_byte": metrics["bits_per_byte"],
         "accuracy": metrics["accuracy"],
-        "time": elapsed,
+        "time": session.seconds,
     }
     _log(session.run, row)
     return row
@@ -271,6 +268,8 @@ def _build(recipe: Recipe, run: Run, fresh: bool) -> Session:
     data = _first(lambda: _open(recipe, run, fresh))
     if data is None:  # another rank prepared it
         data = PreparedData.open(run.data)
+    # Rank 0 has settled what auto stands for, so that machines that differ train alike.
+    asked, recipe = recipe.training.precision, engines.settle_precision(recipe, run.recipe())
     sequences = _sequences(recipe, data, "train")
     guards.check_data(data, sequences)
     loader = Loader(sequences, seed=recipe.seed, global_batch=recipe.training.global_batch)
@@ -293,6 +292,7 @@ def _build(recipe: Recipe, run: Run, fresh: bool) -> Session:
     if start is not None:
         _resume(session, start)
     if engines.rank() == 0:
+        price = engines.precision_price(recipe.training.precision)
         run.rewind_metrics(session.step)
         run.write_provenance(
             parameters=total,
@@ -301,9 +301,12 @@ def _build(recipe: Recipe, run: Run, fresh: bool) -> Session:
             threads=torch.get_num_threads(),
             zero=recipe.dump()["training"]["zero"],
             seconds=session.seconds,
+            precision={"asked": asked, "price": price},
             **kernels,
         )
-        say(_headline(session, total, trainable))
+        say(_headline(session, total, trainable, asked))
+        if price:
+            say(f"{recipe.name}: warning: {price}")
     return session
 
 
@@ -330,8 +333,10 @@ def _open(recipe: Recipe, run: Run, fresh: bool) -> PreparedData:
         shutil.rmtree(run.checkpoints, ignore_errors=True)
         for path in (run.metrics_path, run.evaluation_path, run.report_path):
             path.unlink(missing_ok=True)
-    elif run.recipe_path.is_file() and run.checkpoints.is_dir():
-        guards.check_same_run(run.recipe(), recipe, run.folder)
+    before = going_on(recipe)
+    recipe = engines.settle_precision(recipe, before)
+    if before is not None:
+        guards.check_same_run(before, recipe, run.folder)
     run.write_recipe(recipe)
     return prepare(recipe, log=say)
 
@@ -412,14 +417,14 @@ def _log(run: Run, row: dict[str, Any]) -> None:
         run.append_metrics(row)
 
 
-def _save(session: Session, elapsed: float) -> None:
+def _save(session: Session) -> None:
     with engines.averaged_weights(session.engine):
         checkpoint.save(
             session.engine,
             session.data.tokenizer(),
             session.run.checkpoints,
             session.step,
-            session.state(elapsed),
+            session.state(),
         )
     if engines.rank() == 0:
         checkpoint.keep_newest(session.run.checkpoints, session.recipe.training.checkpoint.keep)
@@ -442,18 +447,24 @@ def _last_row(run: Run, kind: str) -> dict[str, Any] | None:
     return next((row for row in reversed(run.read_metrics()) if row["kind"] == kind), None)
 
 
-def _describe(session: Session, seconds: float) -> None:
+def _describe(session: Session) -> None:
     provenance = read_json(session.run.provenance_path)
-    write_json(session.run.provenance_path, {**provenance, "seconds": seconds})
+    write_json(session.run.provenance_path, {**provenance, "seconds": session.seconds})
+    rate = session.tokens / session.seconds if session.seconds else math.nan
+    say(
+        f"{session.recipe.name}: {session.step:,} steps, {session.tokens:,} tokens in "
+        f"{duration(session.seconds)} ({rate:,.0f} tokens/s)"
+    )
 
 
-def _headline(session: Session, total: int, trainable: int) -> str:
+def _headline(session: Session, total: int, trainable: int, asked: str) -> str:
     recipe, world = session.recipe, engines.world()
+    auto = " (auto)" if asked == "auto" else ""
     share = "" if trainable == total else f", {trainable:,} of them trained"
     rows = len(session.loader.sequences)
     return (
         f"{recipe.name}: {total:,} parameters{share}; {rows:,} sequences of "
-        f"{recipe.data.sequence_length}; {recipe.training.precision}, ZeRO-"
+        f"{recipe.data.sequence_length}; {recipe.training.precision}{auto}, ZeRO-"
         f"{recipe.training.zero.stage}, {world} rank{'s' * (world > 1)} x "
         f"{torch.get_num_threads()} threads"
     )
