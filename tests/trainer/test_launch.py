@@ -178,6 +178,7 @@ SLURM += ["--partition", "gpu", "--sbatch", "gpus-per-node=1", "tiny.yaml", "nam
 def test_the_sbatch_script_starts_launch_on_each_node(
     here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    (here / "texts").rename(here / "a b")
     job = [*SLURM[:-1], "data.sources.0.path=a b", "--", "--max-restarts", "1"]
     assert main(job) == 0
     assert "submit it with: sbatch run/launch.sbatch" in capfd.readouterr().out

@@ -18,12 +18,12 @@ from typing import Any
 
 from .console import quiet
 from .errors import UserError, did_you_mean
+from .hub import hub_name
 from .recipe import Recipe
-
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 # Read by transformers for models with rotary positions, though no config class declares them.
 ROTARY_KEYS = {"rope_theta", "rope_scaling", "partial_rotary_factor"}
+MAX_LAYERS = 1000
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class Summary:
         )
 
 
-def check_recipe(recipe: Recipe, world: int = 1) -> Summary:
-    """Checks a recipe against this machine, for `world` ranks.
+def check_recipe(recipe: Recipe, world: int = 1, *, here: bool = True) -> Summary:
+    """Checks a recipe for `world` ranks, against this machine if it is to be trained `here`.
 
     Raises:
         UserError: naming every problem found.
@@ -73,8 +73,9 @@ def check_recipe(recipe: Recipe, world: int = 1) -> Summary:
         recipe.training.accumulation(world)
     with _collect(problems):
         _check_output(recipe)
-    with _collect(problems):
-        check_precision(recipe)
+    if here:
+        with _collect(problems):
+            check_precision(recipe)
     problems += _check_data(recipe)
     model = None
     with _collect(problems):
@@ -125,16 +126,18 @@ def _check_output(recipe: Recipe) -> None:
 
 
 def _check_data(recipe: Recipe) -> list[str]:
+    from .data.prepare import tokenizer_place
     from .data.sources import check_sources
-    from .data.tokenizer import find_tokenizer
+    from .data.tokenizer import load_tokenizer
 
     problems: list[str] = []
     with _collect(problems):
         check_sources(recipe.data)
-    tokenizer, template = recipe.data.tokenizer, recipe.data.chat.template
-    if tokenizer is not None and tokenizer.from_ is not None:
-        with _collect(problems):
-            find_tokenizer(tokenizer.from_, "data.tokenizer.from")
+    template = recipe.data.chat.template
+    with _collect(problems):
+        place = tokenizer_place(recipe)
+        if place is not None and Path(place[0]).is_dir():
+            load_tokenizer(*place)
     if template is not None and not Path(template).is_file():
         problems.append(f"data.chat.template: {template}: no such file")
     return problems
@@ -157,6 +160,7 @@ def describe_model(recipe: Recipe) -> Any:
             where = "model.config"
         else:
             config, where = _config_from(str(recipe.model.from_)), "model.from"
+        _check_ranges(config, where)
         _check_length(recipe, config)
         model = _on_meta(config, where)
         if recipe.model.adapter is not None:
@@ -247,45 +251,25 @@ def _vocab_size(recipe: Recipe) -> int | None:
 
 def _config_from(name: str) -> Any:
     """The config of the model at `model.from`, after a look at its weights."""
-    from transformers import AutoConfig
-
-    from .models.build import resolve_base
+    from .models.build import check_whole_model, load_config, resolve_base
 
     place = resolve_base(name)
-    local = Path(place).is_dir()
-    if local:
-        _check_weights(Path(place))
-    elif not HUB_NAME.fullmatch(name) or Path(name).parent.is_dir():
-        parent = Path(name).parent
-        near = did_you_mean(Path(name).name, (p.name for p in parent.glob("*")))
-        raise UserError(f"model.from: {name}: no such folder.{near}")
-    try:
-        return AutoConfig.from_pretrained(place, trust_remote_code=False)
-    except Exception as error:
-        what = "no model there" if local else "neither a folder here nor readable from the hub"
-        raise UserError(f"model.from: {name}: {what}: {_told(error)}") from None
+    if not Path(place).is_dir():
+        return load_config(hub_name(name, "model.from", "a model"), "model.from")
+    check_whole_model(place, "model.from")
+    return load_config(place, "model.from")
 
 
-def _check_weights(folder: Path) -> None:
-    from .models.build import is_adapter
-
-    if is_adapter(folder):
-        raise UserError(
-            f"model.from: {folder} holds an adapter, not a whole model; make one of it first: "
-            "gradsmith export RUN FOLDER --form merged"
-        )
-    if not (folder / "config.json").is_file():
-        raise UserError(f"model.from: {folder}: no config.json there, so it is no model's folder")
-    if not any(folder.glob("*.safetensors")):
-        pickled = sorted(p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt*")))
-        if pickled:
-            raise UserError(
-                f"model.from: {folder}: its weights ({', '.join(pickled)}) are pickle files, "
-                "which can run code when they are read; only safetensors are taken. Convert them "
-                "where you trust them: AutoModelForCausalLM.from_pretrained(...)"
-                ".save_pretrained(folder)"
-            )
-        raise UserError(f"model.from: {folder}: no weights (*.safetensors) there")
+def _check_ranges(config: Any, where: str) -> None:
+    """What a model could be built from, and would be of no use or take minutes to look at."""
+    for key in ("num_hidden_layers", "num_layers", "n_layer"):
+        layers = getattr(config, key, None)
+        if isinstance(layers, int) and not 1 <= layers <= MAX_LAYERS:
+            raise UserError(f"{where}.{key}: found {layers}; allowed are 1 to {MAX_LAYERS}")
+    for key in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps"):
+        eps = getattr(config, key, None)
+        if isinstance(eps, int | float) and not 0 <= eps <= 1:
+            raise UserError(f"{where}.{key}: found {eps}; allowed are 0 to 1")
 
 
 def _check_length(recipe: Recipe, config: Any) -> None:

@@ -217,13 +217,16 @@ def report(
 class _LaunchCommand(TyperCommand):
     """Keeps what stands after `--` apart: it is for the engine's launcher."""
 
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return [*super().collect_usage_pieces(ctx), "[-- ENGINE OPTIONS]"]
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         cut = args.index("--") if "--" in args else len(args)
         ctx.obj = args[cut + 1 :]
         return super().parse_args(ctx, args[:cut])
 
 
-@app.command(cls=_LaunchCommand, options_metavar="[OPTIONS] ... [-- ENGINE OPTIONS]")
+@app.command(cls=_LaunchCommand)
 def launch(
     context: typer.Context,
     recipe: RecipePath,

@@ -31,6 +31,8 @@ from typing import Any
 import yaml
 
 from .errors import UserError
+from .reading import check, parse_json, read_text
+from .reading import read_json as read_json
 from .recipe import Recipe, load_recipe
 
 LIBRARIES = (
@@ -48,13 +50,6 @@ def write_json(path: Path, value: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     scratch.replace(path)
-
-
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not readable as JSON: {error}") from None
 
 
 class Run:
@@ -108,7 +103,17 @@ class Run:
         return self.folder / "logs"
 
     def recipe(self) -> Recipe:
-        return load_recipe(self.recipe_path)
+        """
+        Raises:
+            UserError: it is damaged, or was written by another version.
+        """
+        try:
+            return load_recipe(self.recipe_path)
+        except UserError as error:
+            raise UserError(
+                f"{error}\nThis is the recipe that the run keeps, damaged or of another version; "
+                "start over with --fresh, or choose another output=..."
+            ) from None
 
     def write_recipe(self, recipe: Recipe) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -149,15 +154,15 @@ class Run:
         """All rows. A last line cut off by a crash is left out; any other bad line is an error."""
         if not self.metrics_path.is_file():
             return []
-        lines = self.metrics_path.read_text(encoding="utf-8").splitlines()
+        from .shapes import MetricsRow
+
+        *lines, last = read_text(self.metrics_path).split("\n")
         rows = []
         for number, line in enumerate(lines, 1):
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                if number == len(lines):
-                    break
-                raise UserError(f"{self.metrics_path}:{number}: not readable as JSON") from None
+            where = f"{self.metrics_path}:{number}"
+            rows.append(check(parse_json(line, where), MetricsRow, where))
+        with contextlib.suppress(UserError):  # what stands behind the last end of a line
+            rows.append(check(parse_json(last, ""), MetricsRow, ""))
         return rows
 
     def rewind_metrics(self, step: int) -> None:

@@ -119,7 +119,7 @@ def _inputs(recipe: Recipe) -> dict[str, Any]:
     """Fingerprints of all that is read."""
     data = recipe.data
     sources = [fingerprint(s, f"data.sources.{i}") for i, s in enumerate(data.sources)]
-    place, template = _tokenizer_place(recipe), data.chat.template
+    place, template = tokenizer_place(recipe), data.chat.template
     return {
         "sources": sources,
         "tokenizer_from": _files_in(Path(place[0]), TOKENIZER_FILES) if place else None,
@@ -197,7 +197,7 @@ def _check_shares(recipe: Recipe, counts: dict[str, int]) -> None:
 # -------------------------------------------------------------------------------- the tokenizer
 
 
-def _tokenizer_place(recipe: Recipe) -> tuple[str, str] | None:
+def tokenizer_place(recipe: Recipe) -> tuple[str, str] | None:
     """(folder or hub name, the recipe's key) of a tokenizer that is taken and not trained."""
     settings = recipe.data.tokenizer
     if settings is not None and settings.train is not None:
@@ -210,7 +210,7 @@ def _tokenizer_place(recipe: Recipe) -> tuple[str, str] | None:
 
 
 def _tokenizer(recipe: Recipe, scratch: Path, ledger: Ledger, log: Callable[[str], None]) -> Any:
-    place = _tokenizer_place(recipe)
+    place = tokenizer_place(recipe)
     if place is not None:
         tokenizer = load_tokenizer(*place)
     else:

@@ -21,7 +21,8 @@ from typing import IO, Any
 import numpy as np
 
 from ..errors import UserError
-from ..run import read_json
+from ..reading import check, parse_json, read_json
+from ..shapes import DataManifest
 
 FORMAT = "gradsmith-data-1"
 
@@ -130,7 +131,7 @@ class PreparedData:
         found = manifest.get("format") if isinstance(manifest, dict) else None
         if found != FORMAT:
             raise UserError(f'{path}: format "{found}"; this version reads "{FORMAT}"')
-        return cls(Path(folder), manifest)
+        return cls(Path(folder), check(manifest, DataManifest, str(path)))
 
     @property
     def task(self) -> str:
@@ -190,7 +191,7 @@ class PreparedData:
         if not path.is_file():
             raise UserError(f"{path}: raw documents are kept for validation and test only")
         with path.open(encoding="utf-8") as lines:
-            return [json.loads(line) for line in lines]
+            return [parse_json(line, f"{path}:{n}") for n, line in enumerate(lines, 1)]
 
     def _check(self, name: str) -> None:
         there = [k for k, split in self.manifest["splits"].items() if split["documents"]]

@@ -10,7 +10,6 @@ import ast
 import glob
 import hashlib
 import io
-import json
 import os
 import sys
 import sysconfig
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, did_you_mean
+from ..reading import parse_json
 from ..recipe import Data, Source
 from .chat import docstring_pairs, prompt_of
 from .document import Document, Ledger, Messages, content_digest
@@ -251,14 +251,7 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
         if not line.strip():
             continue
         at = f"{file}:{number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{at}: not readable as JSON: {error.msg} at column {error.colno}"
-            ) from None
-        except (ValueError, RecursionError) as error:  # a number of 5000 digits, 1000 brackets
-            raise UserError(f"{at}: not readable as JSON: {error}") from None
+        row = parse_json(line, at)
         if not isinstance(row, dict):
             raise UserError(f"{at}: each line is a JSON object; found {_kind(row)}")
         yield row, at

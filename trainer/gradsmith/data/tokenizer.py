@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
+from ..hub import hub_name
+from ..reading import reading
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 CHAT_TOKENS = ["<|im_start|>", "<|im_end|>"]  # there from the start: fine-tuning adds no ids
@@ -63,9 +65,7 @@ def find_tokenizer(path: str, key: str) -> str:
     """
     folder = Path(path).expanduser()
     if not folder.exists():
-        if path.count("/") <= 1 and not path.startswith((".", "/", "~")):
-            return path  # a hub name
-        raise UserError(f"{key}: no folder {path} (from {Path.cwd()})")
+        return hub_name(path, key, "a tokenizer")
     inside = [folder, folder / "tokenizer", folder / "model", folder / "data" / "tokenizer"]
     # runs/NAME/checkpoints/step-000100[/model]: the run's own
     run = [parent / "data" / "tokenizer" for parent in folder.resolve().parents[:3]]
@@ -86,10 +86,8 @@ def load_tokenizer(place: str, key: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    try:
+    with reading(key, f"cannot load a tokenizer from {place}"):
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-    except Exception as error:  # whatever a broken folder or an unreachable hub leads to
-        raise UserError(f"{key}: cannot load a tokenizer from {place}: {error}") from None
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"{key}: {place} holds a {type(tokenizer).__name__} without tokenizer.json")
     if tokenizer.eos_token is None:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..console import quiet
-from ..run import Run, read_json, write_json
+from ..reading import read_json
+from ..run import Run, write_json
 from .generate import Prompt, complete, encode_prompt, encode_text
 
 if TYPE_CHECKING:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..console import quiet
+from ..data.template import apply_template
 from ..errors import UserError
 
 Prompt = str | list[dict[str, str]]
@@ -81,8 +82,8 @@ def encode_prompt(
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if system is not None and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    return list(ids)
+    text = apply_template(tokenizer, messages, "prompt", add_generation_prompt=True)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:

@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import UserError
+from ..errors import UserError, one_line
+from ..hub import hub_name
+from ..reading import read_json, reading
 from ..recipe import Recipe
-from ..run import Run, read_json
+from ..run import Run
+from ..shapes import AdapterConfig, GenerationConfig, ModelConfig, WeightsIndex
 from ..training.checkpoint import newest_checkpoint
 
 if TYPE_CHECKING:
@@ -43,6 +46,92 @@ def resolve_base(name: str | Path) -> str:
 
 def is_adapter(folder: str | Path) -> bool:
     return (Path(folder) / "adapter_config.json").is_file()
+
+
+def adapter_base(folder: str | Path) -> str:
+    """What an adapter was trained on: a folder or a hub name.
+
+    Raises:
+        UserError: its config is damaged, or its weights are no safetensors.
+    """
+    config = read_json(Path(folder) / "adapter_config.json", AdapterConfig)
+    check_weights(Path(folder), "adapter_model")
+    return str(config["base_model_name_or_path"])
+
+
+def check_weights(folder: Path, stem: str = "") -> None:
+    """
+    Raises:
+        UserError: there are no weights in safetensors there, whose headers can be read.
+    """
+    from safetensors import safe_open
+
+    if not any(folder.glob(f"{stem}*.safetensors")):
+        pickled = sorted(p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt*")))
+        if pickled:
+            raise UserError(
+                f"{folder}: its weights ({', '.join(pickled)}) are pickle files, "
+                "which can run code when they are read; only safetensors are taken. Convert them "
+                "where you trust them: AutoModelForCausalLM.from_pretrained(...)"
+                ".save_pretrained(folder)"
+            )
+        raise UserError(f"{folder}: no weights ({stem}*.safetensors) there")
+    for path in folder.glob("*.safetensors.index.json"):
+        for name in read_json(path, WeightsIndex)["weight_map"].values():
+            if Path(name).name != name:
+                raise UserError(f"{path}: names a file outside of the folder: {one_line(name)}")
+    for path in sorted(folder.glob(f"{stem}*.safetensors")):
+        with reading(str(path), "not readable as safetensors"), safe_open(path, "pt") as file:
+            file.keys()
+
+
+def check_whole_model(folder: str, key: str) -> None:
+    """
+    Raises:
+        UserError: a folder holds an adapter, or no weights in safetensors, or damaged ones.
+    """
+    if is_adapter(folder):
+        raise UserError(
+            f"{key}: {folder} holds an adapter, not a whole model; make one of it first: "
+            "gradsmith export RUN FOLDER --form merged"
+        )
+    if not (Path(folder) / "config.json").is_file():
+        raise UserError(f"{key}: {folder}: no config.json there, so it is no model's folder")
+    check_weights(Path(folder))
+
+
+def load_config(place: str, key: str) -> Any:
+    """A model's config, for transformers' own attention and experts and no code from elsewhere.
+
+    Args:
+        place: a model's folder or a hub name.
+        key: the recipe's key or what the user called it, for the message.
+
+    Raises:
+        UserError: there is none, it is damaged, or its weights are quantized.
+    """
+    from transformers import AutoConfig
+
+    local = Path(place).is_dir()
+    if local:
+        read_json(Path(place) / "config.json", ModelConfig)
+        if (Path(place) / "generation_config.json").is_file():
+            read_json(Path(place) / "generation_config.json", GenerationConfig)
+    what = "no model there" if local else "not readable from the hub"
+    with reading(f"{key}: {place}", what):
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+        quantization = getattr(config, "quantization_config", None)
+        if quantization is not None:
+            method = quantization.get("quant_method", "an unknown method")
+            raise UserError(
+                f"{key}: {place}: its weights are quantized ({one_line(method, 40)}); allowed are "
+                "models whose weights are in float32, bfloat16 or float16"
+            )
+        if getattr(config, "transformers_weights", None):
+            raise UserError(f"{key}: {place}: config.json names its weights' file itself")
+        # A name OWNER/KERNEL there would be fetched from the hub and run.
+        config._attn_implementation = config._experts_implementation = None
+    return config
 
 
 def build_model(
@@ -93,18 +182,15 @@ def load_for_inference(
 
     folder = resolve_base(path)
     if is_adapter(folder):
-        base = read_json(Path(folder) / "adapter_config.json")["base_model_name_or_path"]
         from peft import PeftModel
 
-        model: Any = PeftModel.from_pretrained(
-            _load(base, None), folder, autocast_adapter_dtype=False
-        )
+        base = _load(resolve_base(adapter_base(folder)), None, f"{folder}: its base")
+        with reading(folder, "no adapter can be read there"):
+            model: Any = PeftModel.from_pretrained(base, folder, autocast_adapter_dtype=False)
     else:
-        model = _load(folder, None)
-    try:
+        model = _load(folder, None, str(path))
+    with reading(folder, "no tokenizer can be read there"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: no tokenizer can be read there: {error}") from None
     from ..training.engine import device
 
     model = model.to(device()).eval()
@@ -115,24 +201,24 @@ def load_for_inference(
     return model, tokenizer
 
 
-def _load(folder: str, dtype: torch.dtype | None) -> PreTrainedModel:
+def _load(folder: str, dtype: torch.dtype | None, key: str = "model.from") -> PreTrainedModel:
     """A model from a folder or the hub: safetensors only, no code from there."""
     from transformers import AutoModelForCausalLM
 
-    if is_adapter(folder):
-        raise UserError(
-            f"model.from: {folder} holds an adapter, not a whole model; make one of it first: "
-            "gradsmith export RUN FOLDER --form merged"
-        )
-    try:
-        return AutoModelForCausalLM.from_pretrained(
+    if Path(folder).is_dir():
+        check_whole_model(folder, key)
+    else:
+        hub_name(folder, key, "a model")
+    config = load_config(folder, key)
+    with reading(f"{key}: {folder}", "no model can be read there"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             folder,
+            config=config,
             dtype=dtype or "auto",
             use_safetensors=True,
             trust_remote_code=False,
         )
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.from: {folder}: no model can be read there: {error}") from None
+    return model
 
 
 def _from_config(
@@ -158,9 +244,11 @@ def _attach_adapter(base: PreTrainedModel, recipe: Recipe, weights: Path | None)
     import peft
 
     if weights is not None:
-        return peft.PeftModel.from_pretrained(
-            base, str(weights), is_trainable=True, autocast_adapter_dtype=False
-        )
+        check_weights(weights, "adapter_model")
+        with reading(str(weights), "no adapter can be read there"):
+            return peft.PeftModel.from_pretrained(
+                base, str(weights), is_trainable=True, autocast_adapter_dtype=False
+            )
     adapter = recipe.model.adapter
     assert adapter is not None
     # peft writes this name into the adapter's folder, where it must hold from any directory

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from ..errors import RunError, UserError
-from ..run import Run, read_json
+from ..run import Run
 from ..training.checkpoint import newest_verified
-from .build import is_adapter, load_for_inference
+from .build import adapter_base, is_adapter, load_for_inference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -100,7 +100,7 @@ def _reload(folder: Path) -> torch.nn.Module:
     if is_adapter(folder):
         from peft import PeftModel
 
-        base = read_json(folder / "adapter_config.json")["base_model_name_or_path"]
+        base = adapter_base(folder)
         model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
         return PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False)
     loaded: torch.nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")

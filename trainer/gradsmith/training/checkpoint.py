@@ -31,8 +31,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from ..errors import RunError
-from ..run import read_json, write_json
+from ..errors import RunError, one_line, system_error
+from ..reading import read_json
+from ..run import write_json
 from .engine import device
 
 if TYPE_CHECKING:
@@ -191,10 +192,10 @@ def save(
     try:
         for stage in (prepare, write, publish):
             _together(stage)
-    except RunError:
+    except RunError as error:
         if rank == 0:
             shutil.rmtree(scratch, ignore_errors=True)
-        raise
+        raise RunError(f"{error}; {newest_in_words(folder)}") from None
     return final
 
 
@@ -314,12 +315,13 @@ def _together(work: Any) -> None:
     error: BaseException | None = None
     try:
         work()
-    except (OSError, RuntimeError, ValueError) as caught:  # safetensors' error is a ValueError
+    except Exception as caught:  # whatever it is, the other ranks must not wait for this one
         error = caught
     failed = torch.tensor([0 if error is None else 1], device=device())
     dist.all_reduce(failed)
     if error is not None:
-        raise RunError(f"the checkpoint could not be written: {error}") from error
+        told = system_error(error) if isinstance(error, OSError) else one_line(error)
+        raise RunError(f"the checkpoint could not be written: {told}") from error
     if failed.item():
         raise RunError("the checkpoint could not be written on another rank; see its log")
 
@@ -330,6 +332,14 @@ def _together(work: Any) -> None:
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint whose files are all there at their full size."""
     return next((path for _, path in _all(folder) if not damage(path, hashes=False)), None)
+
+
+def newest_in_words(folder: Path) -> str:
+    """What is left when a run fails."""
+    path = newest_checkpoint(folder)
+    if path is None:
+        return "no checkpoint is saved yet"
+    return f"saved is {path}, and the same command goes on from there"
 
 
 def newest_verified(folder: Path) -> tuple[Path | None, list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import shutil
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
+from ..console import bytes_in_words
 from ..errors import RunError, UserError
 from ..recipe import Recipe
 
@@ -78,8 +80,8 @@ def check_space(folder: Path, trainable: int, total: int, recipe: Recipe) -> Non
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"output: {folder} has {free / 1e9:.1f} GB free; training.checkpoint.keep "
-            f"{recipe.training.checkpoint.keep} needs {needed / 1e9:.1f} GB "
+            f"output: {folder} has {bytes_in_words(free)} free; training.checkpoint.keep "
+            f"{recipe.training.checkpoint.keep} needs {bytes_in_words(needed)} "
             "(one more than is kept is there while it is written)"
         )
 
@@ -144,19 +146,32 @@ class Divergence:
 
 
 class StopRequest:
-    """SIGINT and SIGTERM ask for a stop at the next step; a second one stops at once."""
+    """SIGINT, SIGTERM and SIGHUP ask for a stop at the next step; a second one stops at once.
+
+    So does the end of the launcher that started this rank, as if by SIGTERM: with it, nobody would
+    be left to end the rank.
+    """
 
     def __init__(self) -> None:
-        self.signal: int | None = None
+        self._signal: int | None = None
         self._before: dict[int, Any] = {}
+        self._parent = os.getppid() if "MASTER_ADDR" in os.environ else None
+
+    @property
+    def signal(self) -> int | None:
+        """The signal that asked for a stop, or None."""
+        if self._signal is None and self._parent not in (None, os.getppid()):
+            self._signal = signal.SIGTERM
+        return self._signal
 
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._asked)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it for SIGHUP
+                self._before[number] = signal.signal(number, self._asked)
         return self
 
     def _asked(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
+        self._signal = number
         signal.signal(number, self._before[number])
 
     def __exit__(

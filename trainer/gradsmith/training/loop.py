@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,11 +27,12 @@ from ..data.loader import Batch, Loader, evaluation_batches
 from ..data.packing import Sequences
 from ..data.prepare import prepare
 from ..data.shards import PreparedData
-from ..errors import RunError, UserError
+from ..errors import RunError, Stopped, UserError, system_error
 from ..evaluation.metrics import SUMS, batch_sums, summarize
 from ..models.build import build_model
+from ..reading import read_json
 from ..recipe import Recipe
-from ..run import Run, read_json, write_json
+from ..run import Run, write_json
 from . import checkpoint, guards
 from . import engine as engines
 
@@ -52,11 +54,18 @@ def train(recipe: Recipe, *, fresh: bool = False) -> dict[str, Any]:
         RunError: training failed, or was stopped by a signal after it had saved.
     """
     run, rank = Run(recipe.output), engines.rank()
-    with quiet(run.logs / f"rank-{rank}.log"), guards.StopRequest() as stop:
+    with quiet(run.logs / f"rank-{rank}.log"):
         check_recipe(recipe, engines.world())
         engines.init_distributed()
         with run.lock() if rank == 0 else contextlib.nullcontext():
-            return _train(_build(recipe, run, fresh), stop)
+            session = _build(recipe, run, fresh)
+            # Until here a signal ends the process at once: there is nothing to save.
+            try:
+                with guards.StopRequest() as stop:
+                    return _train(session, stop)
+            except OSError as error:
+                saved = checkpoint.newest_in_words(run.checkpoints)
+                raise RunError(f"{system_error(error)}; {saved}") from error
 
 
 @dataclass
@@ -140,9 +149,10 @@ def _train(session: Session, stop: guards.StopRequest) -> dict[str, Any]:
                 _save(session, session.seconds + time.monotonic() - began)
                 logged = time.monotonic()
             if stopping:
-                raise RunError(
-                    f"stopped by a signal after step {session.step}; the state is saved in "
-                    f"{run.checkpoints}, and the same command goes on from there"
+                raise Stopped(
+                    f" after step {session.step}; the state is saved in {run.checkpoints}, "
+                    "and the same command goes on from there",
+                    stop.signal or signal.SIGTERM,  # another rank was asked
                 )
         if _newest_step(run) != session.step:
             _save(session, elapsed)
@@ -337,20 +347,25 @@ def _open(recipe: Recipe, run: Run, fresh: bool) -> PreparedData:
 
 
 def _first(work: Callable[[], Any]) -> Any:
-    """Runs `work` on rank 0 while the others wait; its UserError ends all ranks alike."""
+    """Runs `work` on rank 0 while the others wait; what it complains of ends all ranks alike."""
     result, complaint = None, ""
     if engines.rank() == 0:
         try:
             result = work()
         except UserError as error:
-            complaint = str(error)
-    letters = torch.tensor(list(complaint.encode()), dtype=torch.uint8, device=engines.device())
+            complaint = f"2{error}"
+        except RunError as error:
+            complaint = f"1{error}"
+        except OSError as error:
+            complaint = f"1{system_error(error)}"
+    letters = torch.tensor(list(complaint.encode(errors="replace")), dtype=torch.uint8, device=engines.device())
     size = torch.tensor([len(letters)], device=engines.device())
     dist.broadcast(size, 0)
     if count := int(size.item()):
         text = letters if engines.rank() == 0 else letters.new_empty(count)
         dist.broadcast(text, 0)
-        raise UserError(bytes(text.tolist()).decode())
+        complaint = bytes(text.tolist()).decode()
+        raise (UserError if complaint[0] == "2" else RunError)(complaint[1:])
     return result
 
 
