@@ -145,7 +145,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.7,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.95,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
     chat: Annotated[
         bool | None,
         typer.Option(
@@ -159,7 +159,11 @@ def generate(
     from .errors import UserError
     from .evaluation.generate import generate
 
-    prompts = prompt or [sys.stdin.read()]
+    try:
+        prompts = prompt or [sys.stdin.buffer.read().decode()]
+        "".join(prompts).encode()
+    except UnicodeError as error:
+        raise UserError(f"the prompt is not UTF-8 text ({error.reason})") from None
     if not all(prompts):
         raise UserError("the prompt is empty; give --prompt TEXT or text on standard input")
     for text in generate(

@@ -19,7 +19,7 @@ class RunError(Exception):
     """The input was right but the run failed (exit code 1)."""
 
 
-class Stopped(RunError):
+class Stopped(RunError):  # noqa: N818  # it is no fault
     """A signal asked for the end (exit code 128 + its number, as a shell has it)."""
 
     def __init__(self, message: str, number: int):

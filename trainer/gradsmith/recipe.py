@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -34,9 +34,13 @@ SMALLEST_TEMPERATURE = 1e-3  # but for 0; logits divided by less are no numbers 
 
 
 def _printable(value: str) -> str:
-    """What goes into commands, scripts and messages holds no line breaks and no NUL."""
+    """What goes into commands, scripts and messages holds no line breaks and no NUL, and is a
+    path that the system takes."""
     if not value.isprintable():
         raise ValueError(f"found {value!r}; control characters (a line break, NUL) are refused")
+    parts = [len(part.encode(errors="replace")) for part in value.split("/")]
+    if max(parts) > 255 or sum(parts) + len(parts) > 4000:
+        raise ValueError(f"found {_describe(value)}; a path has 255 bytes in a part, 4,000 in all")
     return value
 
 
@@ -166,7 +170,8 @@ def _check_plain(value: Any, key: str) -> None:
             _check_plain(item, f"{key}.{name}")
         return
     whole = isinstance(value, int) and -(2**63) < value < 2**63
-    if not (whole or isinstance(value, str | None) or (isinstance(value, float) and value == value)):
+    number = whole or (isinstance(value, float) and not math.isnan(value))
+    if not number and not isinstance(value, str | None):
         raise ValueError(f"{key}: found {_describe(value)}; allowed are text and numbers")
 
 
@@ -474,7 +479,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         if isinstance(node, list):
             allowed = [str(place) for place in range(len(node))]
             if part not in allowed:
-                one = f'{len(node)} entr{"y" if len(node) == 1 else "ies"}, 0 to {len(node) - 1}'
+                one = f"{len(node)} entr{'y' if len(node) == 1 else 'ies'}, 0 to {len(node) - 1}"
                 raise UserError(
                     f'override "{shown}": {here}: the list has {one if node else "no entries"}; '
                     f"to add some, give the whole list: {'.'.join(parts[:depth])}=[...]"

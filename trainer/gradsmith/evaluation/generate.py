@@ -9,7 +9,8 @@ from typing import Any
 
 from ..console import quiet
 from ..data.template import apply_template
-from ..errors import UserError
+from ..errors import RunError, UserError
+from ..recipe import SMALLEST_TEMPERATURE
 
 Prompt = str | list[dict[str, str]]
 """Text to continue or to answer, or a conversation as a list of {"role", "content"}."""
@@ -47,6 +48,13 @@ def generate(
 
     if not prompts:
         raise UserError("generate: no prompt given; pass at least one text")
+    if not (temperature == 0 or SMALLEST_TEMPERATURE <= temperature <= 100):
+        raise UserError(
+            f"temperature: found {temperature:g}; allowed are 0, which takes the likeliest token, "
+            f"and {SMALLEST_TEMPERATURE:g} to 100"
+        )
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p: found {top_p:g}; allowed are shares above 0, up to 1")
     run, system = Run(path), None
     is_run = run.recipe_path.is_file()
     if is_run:
@@ -150,12 +158,17 @@ def complete(
                     use_cache=True,
                     **(sampling if temperature > 0 else {"do_sample": False}),
                 )
-                with torch.no_grad():
-                    out = model.generate(
-                        input_ids=ids.to(device),
-                        attention_mask=mask.to(device),
-                        generation_config=config,
-                    )
+                try:
+                    with torch.no_grad():
+                        out = model.generate(
+                            input_ids=ids.to(device),
+                            attention_mask=mask.to(device),
+                            generation_config=config,
+                        )
+                except RuntimeError as error:
+                    if "probability tensor contains" not in str(error):
+                        raise
+                    raise RunError("the model's logits are not finite: nothing to draw") from None
                 for i, row in zip(batch, out.tolist(), strict=True):
                     texts[i] = tokenizer.decode(
                         row[longest:], skip_special_tokens=True, clean_up_tokenization_spaces=False

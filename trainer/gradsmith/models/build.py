@@ -204,7 +204,9 @@ def load_for_inference(
 def _load(folder: str, dtype: torch.dtype | None, key: str = "model.from") -> PreTrainedModel:
     """A model from a folder or the hub: safetensors only, no code from there."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     if Path(folder).is_dir():
         check_whole_model(folder, key)
     else:

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from ..console import bytes_in_words
+from ..errors import UserError
 from ..evaluation.evaluate import yardstick_rows
 from ..reading import read_json
 from ..run import Run
@@ -58,6 +59,8 @@ def build_report(runs: Sequence[Run], out: Path, title: str | None = None) -> Pa
         "This file loads nothing from outside.</footer>",
     ]
     out = Path(out)
+    if out.is_dir():
+        raise UserError(f"{out}: is a folder; name the file to write")
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = out.with_name(f".{out.name}.tmp")
     scratch.write_text(page(title, "\n".join(body)), encoding="utf-8")

@@ -358,7 +358,8 @@ def _first(work: Callable[[], Any]) -> Any:
             complaint = f"1{error}"
         except OSError as error:
             complaint = f"1{system_error(error)}"
-    letters = torch.tensor(list(complaint.encode(errors="replace")), dtype=torch.uint8, device=engines.device())
+    told = list(complaint.encode(errors="replace"))
+    letters = torch.tensor(told, dtype=torch.uint8, device=engines.device())
     size = torch.tensor([len(letters)], device=engines.device())
     dist.broadcast(size, 0)
     if count := int(size.item()):
