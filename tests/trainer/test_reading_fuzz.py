@@ -152,7 +152,7 @@ READERS: dict[str, tuple[str, st.SearchStrategy[bytes], Callable[[Path], object]
         ),
     ),
     "reported manifest": ("data/manifest.json", texts(MANIFEST, json.dumps), read_run),
-    "metrics": ("metrics.jsonl", texts(ROW, lambda t: json.dumps(t) + "\n" + json.dumps(ROW) + "\n"),
+    "metrics": ("metrics.jsonl", texts(ROW, lambda t: f"{json.dumps(t)}\n{json.dumps(ROW)}\n"),
                 lambda f: (Run(f).read_metrics(), read_run(f))),
     "evaluation": ("evaluation.json", texts(EVALUATION, json.dumps), read_run),
     "provenance": ("provenance.json", texts(PROVENANCE, json.dumps), read_run),
