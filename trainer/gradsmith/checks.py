@@ -14,11 +14,15 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .console import quiet
 from .errors import UserError, did_you_mean
 from .recipe import Recipe
+from .run import Run, check_output
+
+if TYPE_CHECKING:
+    from .models.base import Model
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -60,8 +64,11 @@ class Summary:
         )
 
 
-def check_recipe(recipe: Recipe, world: int = 1) -> Summary:
+def check_recipe(recipe: Recipe, world: int = 1, fresh: bool = False) -> Summary:
     """Checks a recipe against this machine, for `world` ranks.
+
+    Sources and a base that are gone are no obstacle to a run that has its data and base already,
+    unless it starts over (`fresh`).
 
     Raises:
         UserError: naming every problem found.
@@ -72,13 +79,13 @@ def check_recipe(recipe: Recipe, world: int = 1) -> Summary:
     with _collect(problems):
         recipe.training.accumulation(world)
     with _collect(problems):
-        _check_output(recipe)
+        check_output(recipe)
     with _collect(problems):
         check_precision(recipe)
-    problems += _check_data(recipe)
+    problems += _check_data(recipe, fresh)
     model = None
     with _collect(problems):
-        model = describe_model(recipe)
+        model = describe_model(recipe, fresh)
     if problems or model is None:
         raise UserError("\n".join([f"{recipe.name}:", *(f"  {problem}" for problem in problems)]))
 
@@ -117,18 +124,16 @@ def _collect(problems: list[str]) -> Iterator[None]:
 # ---------------------------------------------------------------------------- files and machine
 
 
-def _check_output(recipe: Recipe) -> None:
-    output = Path(recipe.output)
-    for path in (output, *output.parents):
-        if path.exists() and not path.is_dir():
-            raise UserError(f"output: {recipe.output}: {path} is a file")
-
-
-def _check_data(recipe: Recipe) -> list[str]:
+def _check_data(recipe: Recipe, fresh: bool) -> list[str]:
+    from .data.shards import PreparedData
     from .data.sources import check_sources
     from .data.tokenizer import find_tokenizer
 
     problems: list[str] = []
+    if not fresh:
+        with contextlib.suppress(UserError):
+            if PreparedData.open(Run(recipe.output).data).fits(recipe):
+                return []
     with _collect(problems):
         check_sources(recipe.data)
     tokenizer, template = recipe.data.tokenizer, recipe.data.chat.template
@@ -143,8 +148,12 @@ def _check_data(recipe: Recipe) -> list[str]:
 # ---------------------------------------------------------------------------------------- model
 
 
-def describe_model(recipe: Recipe) -> Any:
+def describe_model(recipe: Recipe, fresh: bool = True) -> Any:
     """The recipe's model, adapters included, on the meta device: shapes without numbers.
+
+    Args:
+        recipe: with the model.
+        fresh: whether it starts from what `model.from` is now, and not from what its run has kept.
 
     Raises:
         UserError: the config is impossible, or there are no usable weights at `model.from`.
@@ -156,7 +165,11 @@ def describe_model(recipe: Recipe) -> Any:
             config = config_of(recipe)
             where = "model.config"
         else:
-            config, where = _config_from(str(recipe.model.from_)), "model.from"
+            from .models.base import base_of, find_model
+
+            name = str(recipe.model.from_)
+            base = find_model(name, hashes=False) if fresh else base_of(Run(recipe.output), recipe)
+            config, where = _config_from(name, base), "model.from"
         _check_length(recipe, config)
         model = _on_meta(config, where)
         if recipe.model.adapter is not None:
@@ -245,13 +258,11 @@ def _vocab_size(recipe: Recipe) -> int | None:
     return None
 
 
-def _config_from(name: str) -> Any:
+def _config_from(name: str, model: Model) -> Any:
     """The config of the model at `model.from`, after a look at its weights."""
     from transformers import AutoConfig
 
-    from .models.build import resolve_base
-
-    place = resolve_base(name)
+    place = model.place
     local = Path(place).is_dir()
     if local:
         _check_weights(Path(place))
@@ -260,7 +271,9 @@ def _config_from(name: str) -> Any:
         near = did_you_mean(Path(name).name, (p.name for p in parent.glob("*")))
         raise UserError(f"model.from: {name}: no such folder.{near}")
     try:
-        return AutoConfig.from_pretrained(place, trust_remote_code=False)
+        return AutoConfig.from_pretrained(
+            place, revision=model.revision or "main", trust_remote_code=False
+        )
     except Exception as error:
         what = "no model there" if local else "neither a folder here nor readable from the hub"
         raise UserError(f"model.from: {name}: {what}: {_told(error)}") from None

@@ -41,7 +41,11 @@ def quiet(log: Path) -> Iterator[None]:
     sys.stdout.flush()
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
-    with log.open("a") as file, os.fdopen(os.dup(1), "w", buffering=1) as terminal:
+    try:
+        shown = os.dup(sys.stdout.fileno())  # standard error, where a command has redirected it
+    except (AttributeError, OSError, ValueError):
+        shown = os.dup(1)
+    with log.open("a") as file, os.fdopen(shown, "w", buffering=1) as terminal:
         _stream = outer or terminal
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -23,7 +23,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .errors import RunError, UserError
+from .files import replacing
 from .recipe import Recipe, load_recipe
+from .run import Run, check_output
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Job:
 
     recipe: Path
     overrides: tuple[str, ...] = ()
-    fresh: bool = False
+    fresh: str | None = None  # an order to start over, which is carried out once
     nproc: int | None = None
     nnodes: int | None = None
     node_rank: int | None = None
@@ -47,8 +49,12 @@ class Job:
 
     def train_arguments(self) -> list[str]:
         """What follows `gradsmith` in each process."""
-        fresh = ["--fresh"] if self.fresh else []
-        return ["train", *fresh, str(self.recipe), *self.overrides]
+        return ["train", *self.recipe_arguments()]
+
+    def recipe_arguments(self) -> list[str]:
+        """The recipe and what is said about it."""
+        fresh = ["--fresh-once", self.fresh] if self.fresh else []
+        return [*fresh, str(self.recipe), *self.overrides]
 
 
 def launch(job: Job, *, dry_run: bool = False) -> int:
@@ -261,10 +267,12 @@ def _slurm(job: Job, recipe: Recipe, dry_run: bool) -> int:
     if dry_run:
         print(script, end="")
         return 0
-    logs = Path(recipe.output) / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    path = Path(recipe.output) / "launch.sbatch"
-    path.write_text(script, encoding="utf-8")
+    check_output(recipe)
+    run, path = Run(recipe.output), Path(recipe.output) / "launch.sbatch"
+    with run.lock("results"):
+        run.logs.mkdir(exist_ok=True)
+        with replacing(path) as file:
+            file.write(script)
     if not job.submit:
         print(f"wrote {path}; submit it with: sbatch {shlex.quote(str(path))}")
         return 0
@@ -289,8 +297,7 @@ def sbatch_script(job: Job, recipe: Recipe) -> str:
     if job.partition:
         directives.append(f"partition={job.partition}")
     directives += [line.removeprefix("--") for line in job.sbatch]
-    fresh = ["--fresh"] if job.fresh else []
-    recipe_part = shlex.join([*fresh, str(job.recipe), *job.overrides])
+    recipe_part = shlex.join(job.recipe_arguments())
     engine_part = f" -- {shlex.join(job.engine_options)}" if job.engine_options else ""
     lines = [
         "#!/bin/bash",

@@ -14,13 +14,22 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from .errors import UserError, did_you_mean
+from .files import check_apart, expand
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+PathText = Annotated[str, AfterValidator(expand)]  # `~` and `$NAME` mean the same in all of them
 
 
 class Node(BaseModel):
@@ -36,7 +45,7 @@ class Source(Node):
     """Where documents come from."""
 
     kind: Literal["text", "jsonl", "parquet", "python_stdlib", "hf_dataset"]
-    path: str | None = Field(
+    path: PathText | None = Field(
         None, description="file, folder or glob; for hf_dataset a hub name or a local folder"
     )
     text: str = Field("text", description="the column or key that holds a document's text")
@@ -83,7 +92,7 @@ class Tokenizer(Node):
     """Trained here as a byte-level BPE, or taken from a folder."""
 
     train: TokenizerTraining | None = None
-    from_: str | None = Field(None, alias="from", description="a folder with tokenizer.json")
+    from_: PathText | None = Field(None, alias="from", description="a folder with tokenizer.json")
 
     @model_validator(mode="after")
     def _one(self) -> Tokenizer:
@@ -98,7 +107,7 @@ class Clean(Node):
 
 
 class Chat(Node):
-    template: str | None = Field(
+    template: PathText | None = Field(
         None, description="a Jinja file; without it the tokenizer's own, else ChatML"
     )
     system: str | None = None
@@ -136,7 +145,7 @@ class Adapter(Node):
 class Model(Node):
     architecture: str | None = Field(None, description="any transformers causal-LM model type")
     config: dict[str, Any] | None = Field(None, description="keys of that type's config class")
-    from_: str | None = Field(
+    from_: PathText | None = Field(
         None, alias="from", description="a folder or hub name with safetensors weights, or a run"
     )
     adapter: Adapter | None = None
@@ -353,7 +362,7 @@ class Recipe(Node):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
-    output: str
+    output: PathText
     data: Data
     model: Model
     training: Training
@@ -416,8 +425,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe and applies overrides of the form `training.steps=50`.
 
     Raises:
-        UserError: naming every problem found.
+        UserError: naming every problem found; or its run's folder is the one that it lies in.
     """
+    recipe = read_recipe(path, overrides)
+    check_apart(Path(path), Path(recipe.output))
+    return recipe
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """`load_recipe` for a run's own copy, which lies in its folder."""
     path = Path(path)
     if not path.is_file():
         near = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []

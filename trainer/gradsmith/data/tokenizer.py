@@ -61,9 +61,9 @@ def find_tokenizer(path: str, key: str) -> str:
     Raises:
         UserError: there is none.
     """
-    folder = Path(path).expanduser()
+    folder = Path(path)
     if not folder.exists():
-        if path.count("/") <= 1 and not path.startswith((".", "/", "~")):
+        if path.count("/") <= 1 and not path.startswith((".", "/")):
             return path  # a hub name
         raise UserError(f"{key}: no folder {path} (from {Path.cwd()})")
     inside = [folder, folder / "tokenizer", folder / "model", folder / "data" / "tokenizer"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +10,8 @@ import torch
 
 from ..errors import UserError
 from ..recipe import Recipe
-from ..run import Run, read_json
-from ..training.checkpoint import newest_checkpoint
+from ..run import Run
+from .base import Model, adapter_base, base_of, open_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,27 +19,6 @@ if TYPE_CHECKING:
     from ..data.shards import PreparedData
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
-
-
-def resolve_base(name: str | Path) -> str:
-    """The model folder that a name stands for.
-
-    Args:
-        name: a run's folder (its newest checkpoint counts), a checkpoint's folder, a folder that
-            transformers or peft wrote, or a hub name, which is returned as it is.
-
-    Raises:
-        UserError: a run without a checkpoint.
-    """
-    folder = Path(name)
-    if (folder / "recipe.yaml").is_file():
-        checkpoint = newest_checkpoint(Run(folder).checkpoints)
-        if checkpoint is None:
-            raise UserError(f"{name}: this run has no checkpoint yet; train it first")
-        folder = checkpoint
-    if (folder / "model").is_dir() and (folder / "state.json").is_file():
-        folder = folder / "model"
-    return str(folder) if folder.is_dir() else str(name)
 
 
 def is_adapter(folder: str | Path) -> bool:
@@ -60,15 +40,15 @@ def build_model(
     """
     dtype = DTYPES[recipe.training.precision]
     weights = checkpoint / "model" if checkpoint else None
-    tokenizer = data.tokenizer()
+    tokenizer, run = data.tokenizer(), Run(recipe.output)
     torch.manual_seed(recipe.seed)
     adapter = recipe.model.adapter
     if adapter is not None:
-        base = _load(resolve_base(str(recipe.model.from_)), dtype)
+        base = _load(base_of(run, recipe), dtype)
         _check_vocabulary(base, recipe, tokenizer)
         model = _attach_adapter(base, recipe, weights)
     elif weights is not None or recipe.model.from_ is not None:
-        model = _load(str(weights or resolve_base(str(recipe.model.from_))), dtype)
+        model = _load(Model(str(weights)) if weights else base_of(run, recipe), dtype)
         _check_vocabulary(model, recipe, tokenizer)
     else:
         model = _from_config(recipe, tokenizer, dtype)
@@ -78,33 +58,36 @@ def build_model(
 
 
 def load_for_inference(
-    path: str | Path, *, kernels: bool = True
+    path: str | Path | Model, *, kernels: bool = True
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model to evaluate or to generate with, and its tokenizer.
 
     Args:
-        path: anything that `resolve_base` takes; an adapter is put on its base.
+        path: anything that `open_model` takes, or what it found; an adapter is put on its base.
         kernels: whether our kernels go under it.
 
     Raises:
-        UserError: there is no model.
+        UserError: there is no model, or it is damaged.
     """
     from transformers import AutoTokenizer
 
-    folder = resolve_base(path)
-    if is_adapter(folder):
-        base = read_json(Path(folder) / "adapter_config.json")["base_model_name_or_path"]
-        from peft import PeftModel
+    with contextlib.ExitStack() as stack:
+        found = path if isinstance(path, Model) else stack.enter_context(open_model(path))
+        folder, revision = found.place, found.revision
+        if is_adapter(folder):
+            from peft import PeftModel
 
-        model: Any = PeftModel.from_pretrained(
-            _load(base, None), folder, autocast_adapter_dtype=False
-        )
-    else:
-        model = _load(folder, None)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: no tokenizer can be read there: {error}") from None
+            model: Any = PeftModel.from_pretrained(
+                _load(adapter_base(Path(folder)), None), folder, autocast_adapter_dtype=False
+            )
+        else:
+            model = _load(found, None)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, revision=revision or "main", trust_remote_code=False
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder}: no tokenizer can be read there: {error}") from None
     from ..training.engine import device
 
     model = model.to(device()).eval()
@@ -115,10 +98,11 @@ def load_for_inference(
     return model, tokenizer
 
 
-def _load(folder: str, dtype: torch.dtype | None) -> PreTrainedModel:
+def _load(model: Model, dtype: torch.dtype | None) -> PreTrainedModel:
     """A model from a folder or the hub: safetensors only, no code from there."""
     from transformers import AutoModelForCausalLM
 
+    folder = model.place
     if is_adapter(folder):
         raise UserError(
             f"model.from: {folder} holds an adapter, not a whole model; make one of it first: "
@@ -127,6 +111,7 @@ def _load(folder: str, dtype: torch.dtype | None) -> PreTrainedModel:
     try:
         return AutoModelForCausalLM.from_pretrained(
             folder,
+            revision=model.revision or "main",
             dtype=dtype or "auto",
             use_safetensors=True,
             trust_remote_code=False,

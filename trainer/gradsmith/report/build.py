@@ -6,6 +6,7 @@ Whatever a run does not have yet is left out or said to be missing.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -18,7 +19,8 @@ from typing import Any
 import yaml
 
 from ..evaluation.evaluate import yardstick_rows
-from ..run import Run, read_json
+from ..files import read_json, replacing
+from ..run import Run
 from .page import page
 from .plots import Chart, Series, draw, is_finite, label, smooth
 
@@ -56,9 +58,9 @@ def build_report(runs: Sequence[Run], out: Path, title: str | None = None) -> Pa
     ]
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = out.with_name(f".{out.name}.tmp")
-    scratch.write_text(page(title, "\n".join(body)), encoding="utf-8")
-    scratch.replace(out)
+    own = next((run for run in runs if run.report_path.resolve() == out.resolve()), None)
+    with own.lock("results") if own else contextlib.nullcontext(), replacing(out) as file:
+        file.write(page(title, "\n".join(body)))
     return out
 
 
