@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from gradsmith.data.loader import Loader
 from gradsmith.data.packing import Sequences
 from gradsmith.data.shards import PreparedData
-from gradsmith.models.build import resolve_base
+from gradsmith.models.base import find_model
 from gradsmith.run import Run
 
 
@@ -66,7 +66,7 @@ def main() -> None:
     loader = Loader(sequences, seed=recipe.seed, global_batch=training.global_batch)
 
     assert recipe.model.from_ is not None
-    base = resolve_base(recipe.model.from_)
+    base = find_model(str(recipe.model.from_)).place
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).train()
     if adapter is not None:
         from peft import LoraConfig, get_peft_model

@@ -14,12 +14,16 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .console import quiet
 from .errors import UserError, did_you_mean
 from .hub import hub_name
 from .recipe import Recipe
+from .run import Run, check_output
+
+if TYPE_CHECKING:
+    from .models.base import Model
 
 # Read by transformers for models with rotary positions, though no config class declares them.
 ROTARY_KEYS = {"rope_theta", "rope_scaling", "partial_rotary_factor"}
@@ -60,8 +64,13 @@ class Summary:
         )
 
 
-def check_recipe(recipe: Recipe, world: int = 1, *, here: bool = True) -> Summary:
+def check_recipe(
+    recipe: Recipe, world: int = 1, *, fresh: bool = False, here: bool = True
+) -> Summary:
     """Checks a recipe for `world` ranks, against this machine if it is to be trained `here`.
+
+    Sources and a base that are gone are no obstacle to a run that has its data and base already,
+    unless it starts over (`fresh`).
 
     Raises:
         UserError: naming every problem found.
@@ -72,14 +81,14 @@ def check_recipe(recipe: Recipe, world: int = 1, *, here: bool = True) -> Summar
     with _collect(problems):
         recipe.training.accumulation(world)
     with _collect(problems):
-        _check_output(recipe)
+        check_output(recipe)
     if here:
         with _collect(problems):
             check_precision(recipe)
-    problems += _check_data(recipe)
+    problems += _check_data(recipe, fresh)
     model = None
     with _collect(problems):
-        model = describe_model(recipe)
+        model = describe_model(recipe, fresh)
     if problems or model is None:
         raise UserError("\n".join([f"{recipe.name}:", *(f"  {problem}" for problem in problems)]))
 
@@ -118,19 +127,17 @@ def _collect(problems: list[str]) -> Iterator[None]:
 # ---------------------------------------------------------------------------- files and machine
 
 
-def _check_output(recipe: Recipe) -> None:
-    output = Path(recipe.output)
-    for path in (output, *output.parents):
-        if path.exists() and not path.is_dir():
-            raise UserError(f"output: {recipe.output}: {path} is a file")
-
-
-def _check_data(recipe: Recipe) -> list[str]:
+def _check_data(recipe: Recipe, fresh: bool) -> list[str]:
     from .data.prepare import tokenizer_place
+    from .data.shards import PreparedData
     from .data.sources import check_sources
     from .data.tokenizer import load_tokenizer
 
     problems: list[str] = []
+    if not fresh:
+        with contextlib.suppress(UserError):
+            if PreparedData.open(Run(recipe.output).data).fits(recipe):
+                return []
     with _collect(problems):
         check_sources(recipe.data)
     template = recipe.data.chat.template
@@ -146,8 +153,12 @@ def _check_data(recipe: Recipe) -> list[str]:
 # ---------------------------------------------------------------------------------------- model
 
 
-def describe_model(recipe: Recipe) -> Any:
+def describe_model(recipe: Recipe, fresh: bool = True) -> Any:
     """The recipe's model, adapters included, on the meta device: shapes without numbers.
+
+    Args:
+        recipe: with the model.
+        fresh: whether it starts from what `model.from` is now, and not from what its run has kept.
 
     Raises:
         UserError: the config is impossible, or there are no usable weights at `model.from`.
@@ -159,7 +170,11 @@ def describe_model(recipe: Recipe) -> Any:
             config = config_of(recipe)
             where = "model.config"
         else:
-            config, where = _config_from(str(recipe.model.from_)), "model.from"
+            from .models.base import base_of, find_model
+
+            name = str(recipe.model.from_)
+            base = find_model(name, hashes=False) if fresh else base_of(Run(recipe.output), recipe)
+            config, where = _config_from(base), "model.from"
         _check_ranges(config, where)
         _check_length(recipe, config)
         model = _on_meta(config, where)
@@ -249,15 +264,15 @@ def _vocab_size(recipe: Recipe) -> int | None:
     return None
 
 
-def _config_from(name: str) -> Any:
+def _config_from(model: Model) -> Any:
     """The config of the model at `model.from`, after a look at its weights."""
-    from .models.build import check_whole_model, load_config, resolve_base
+    from .models.folder import check_whole_model, load_config
 
-    place = resolve_base(name)
-    if not Path(place).is_dir():
-        return load_config(hub_name(name, "model.from", "a model"), "model.from")
-    check_whole_model(place, "model.from")
-    return load_config(place, "model.from")
+    if not Path(model.place).is_dir():
+        hub_name(model.place, "model.from", "a model")
+    else:
+        check_whole_model(model.place, "model.from")
+    return load_config(model, "model.from")
 
 
 def _check_ranges(config: Any, where: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import secrets
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -36,6 +37,8 @@ Overrides = Annotated[
         show_default=False,
     ),
 ]
+# What `launch --fresh` writes into the commands that it makes: they may be repeated.
+FreshOnce = Annotated[str | None, typer.Option("--fresh-once", metavar="ORDER", hidden=True)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -87,12 +90,13 @@ def train(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start over instead of resuming from the run's folder.")
     ] = False,
+    fresh_once: FreshOnce = None,
 ) -> None:
     """Pretrain or fine-tune, as the recipe says; goes on where the run stopped."""
     from .recipe import load_recipe
     from .training.loop import train
 
-    train(load_recipe(recipe, overrides or ()), fresh=fresh)
+    train(load_recipe(recipe, overrides or ()), fresh=fresh_once or fresh)
 
 
 @app.command()
@@ -166,15 +170,17 @@ def generate(
         raise UserError(f"the prompt is not UTF-8 text ({error.reason})") from None
     if not all(prompts):
         raise UserError("the prompt is empty; give --prompt TEXT or text on standard input")
-    for text in generate(
-        str(path),
-        prompts,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        chat=chat,
-    ):
+    with contextlib.redirect_stdout(sys.stderr):  # what is said on the way is no result
+        texts = generate(
+            str(path),
+            prompts,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            chat=chat,
+        )
+    for text in texts:
         print(text)
 
 
@@ -195,7 +201,8 @@ def export(
     from .models.export import export
     from .run import Run
 
-    folder, difference = export(Run.open(run), out, form=form)
+    with contextlib.redirect_stdout(sys.stderr):  # what is said on the way is no result
+        folder, difference = export(Run.open(run), out, form=form)
     print(f"{folder}: read back, its logits differ from the run's by {difference:.1e} (relative)")
 
 
@@ -263,6 +270,7 @@ def launch(
     ] = None,
     submit: Annotated[bool, typer.Option("--submit", help="Slurm: submit the script.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over.")] = False,
+    fresh_once: FreshOnce = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the command or script and stop.")
     ] = False,
@@ -277,7 +285,7 @@ def launch(
     job = Job(
         recipe=recipe,
         overrides=tuple(overrides or ()),
-        fresh=fresh,
+        fresh=fresh_once or (secrets.token_hex(8) if fresh else None),
         nproc=nproc,
         nnodes=nnodes,
         node_rank=node_rank,

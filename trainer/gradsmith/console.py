@@ -43,9 +43,13 @@ def quiet(log: Path) -> Iterator[None]:
     sys.stdout.flush()
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
+    try:
+        shown = os.dup(sys.stdout.fileno())  # standard error, where a command has redirected it
+    except (AttributeError, OSError, ValueError):
+        shown = os.dup(1)
     with (
         log.open("a") as file,
-        os.fdopen(os.dup(1), "w", buffering=1) as terminal,
+        os.fdopen(shown, "w", buffering=1) as terminal,
         os.fdopen(os.dup(2), "w", buffering=1) as errors,
     ):
         _stream, _errors = outer or terminal, outer_errors or errors

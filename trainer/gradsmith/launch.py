@@ -24,8 +24,10 @@ from typing import Any, NoReturn
 
 from .checks import check_recipe
 from .errors import RunError, Stopped, UserError, one_line
+from .files import replacing
 from .reading import read_text
 from .recipe import Recipe, load_recipe
+from .run import Run, check_output
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Job:
 
     recipe: Path
     overrides: tuple[str, ...] = ()
-    fresh: bool = False
+    fresh: str | None = None  # an order to start over, which is carried out once
     nproc: int | None = None
     nnodes: int | None = None
     node_rank: int | None = None
@@ -49,12 +51,13 @@ class Job:
 
     def train_arguments(self) -> list[str]:
         """What follows `gradsmith` in each process."""
-        fresh = ["--fresh"] if self.fresh else []
-        return ["train", *fresh, *self.recipe_arguments()]
+        return ["train", *self.recipe_arguments()]
 
     def recipe_arguments(self) -> list[str]:
+        """The recipe and what is said about it."""
+        fresh = ["--fresh-once", self.fresh] if self.fresh else []
         path = str(self.recipe)
-        return [f"./{path}" if path.startswith("-") else path, *self.overrides]
+        return [*fresh, f"./{path}" if path.startswith("-") else path, *self.overrides]
 
 
 def launch(job: Job, *, dry_run: bool = False) -> int:
@@ -333,10 +336,12 @@ def _slurm(job: Job, recipe: Recipe, dry_run: bool) -> int:
     if dry_run:
         print(script, end="")
         return 0
-    logs = Path(recipe.output) / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    path = Path(recipe.output) / "launch.sbatch"
-    path.write_text(script, encoding="utf-8")
+    check_output(recipe)
+    run, path = Run(recipe.output), Path(recipe.output) / "launch.sbatch"
+    with run.lock("results"):
+        run.logs.mkdir(exist_ok=True)
+        with replacing(path) as file:
+            file.write(script)
     if not job.submit:
         print(f"wrote {path}; submit it with: sbatch {shlex.quote(str(path))}")
         return 0
@@ -367,8 +372,7 @@ def sbatch_script(job: Job, recipe: Recipe) -> str:
     for line in job.sbatch:
         name, equals, value = line.removeprefix("--").partition("=")
         directives.append(name + equals + (shlex.quote(value) if equals else ""))
-    fresh = ["--fresh"] if job.fresh else []
-    recipe_part = shlex.join([*fresh, *job.recipe_arguments()])
+    recipe_part = shlex.join(job.recipe_arguments())
     engine_part = f" -- {shlex.join(job.engine_options)}" if job.engine_options else ""
     lines = [
         "#!/bin/bash",

@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from .errors import UserError, did_you_mean, one_line
+from .files import check_apart, expand
 from .reading import describe as _describe
 from .reading import parse_yaml, read_text
 
@@ -44,7 +45,8 @@ def _printable(value: str) -> str:
     return value
 
 
-Name = Annotated[str, AfterValidator(_printable)]  # a path or a hub name
+# A path or a hub name; `~` and `$NAME` mean the same in all of them.
+PathText = Annotated[str, AfterValidator(_printable), AfterValidator(expand)]
 
 
 class Node(BaseModel):
@@ -60,7 +62,7 @@ class Source(Node):
     """Where documents come from."""
 
     kind: Literal["text", "jsonl", "parquet", "python_stdlib", "hf_dataset"]
-    path: Name | None = Field(
+    path: PathText | None = Field(
         None, description="file, folder or glob; for hf_dataset a hub name or a local folder"
     )
     text: str = Field("text", description="the column or key that holds a document's text")
@@ -107,7 +109,7 @@ class Tokenizer(Node):
     """Trained here as a byte-level BPE, or taken from a folder."""
 
     train: TokenizerTraining | None = None
-    from_: Name | None = Field(None, alias="from", description="a folder with tokenizer.json")
+    from_: PathText | None = Field(None, alias="from", description="a folder with tokenizer.json")
 
     @model_validator(mode="after")
     def _one(self) -> Tokenizer:
@@ -122,7 +124,7 @@ class Clean(Node):
 
 
 class Chat(Node):
-    template: Name | None = Field(
+    template: PathText | None = Field(
         None, description="a Jinja file; without it the tokenizer's own, else ChatML"
     )
     system: str | None = None
@@ -178,7 +180,7 @@ def _check_plain(value: Any, key: str) -> None:
 class Model(Node):
     architecture: str | None = Field(None, description="any transformers causal-LM model type")
     config: dict[str, Any] | None = Field(None, description="keys of that type's config class")
-    from_: Name | None = Field(
+    from_: PathText | None = Field(
         None, alias="from", description="a folder or hub name with safetensors weights, or a run"
     )
     adapter: Adapter | None = None
@@ -405,7 +407,7 @@ class Recipe(Node):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
-    output: Name
+    output: PathText
     data: Data
     model: Model
     training: Training
@@ -439,8 +441,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe and applies overrides of the form `training.steps=50`.
 
     Raises:
-        UserError: naming every problem found.
+        UserError: naming every problem found; or its run's folder is the one that it lies in.
     """
+    recipe = read_recipe(path, overrides)
+    check_apart(Path(path), Path(recipe.output))
+    return recipe
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """`load_recipe` for a run's own copy, which lies in its folder."""
     path = Path(path)
     if not path.is_file():
         near = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -13,12 +12,21 @@ import numpy as np
 
 from .. import __version__
 from ..errors import UserError
+from ..files import building, check_ours, write_json
 from ..recipe import Recipe
-from ..run import Run, write_json
+from ..run import Run, check_output
 from .chat import CHATML, render
 from .clean import clean, deduplicate
 from .document import Document, Ledger
-from .shards import FORMAT, HashedFile, PreparedData, ShardWriter, file_entry
+from .shards import (
+    FORMAT,
+    TOKENIZER_FILES,
+    HashedFile,
+    PreparedData,
+    ShardWriter,
+    file_entry,
+    files_in,
+)
 from .sources import check_sources, decode, fingerprint, read
 from .split import SPLITS, assign
 from .tokenizer import (
@@ -29,32 +37,50 @@ from .tokenizer import (
     train_tokenizer,
 )
 
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja",
-)  # fmt: skip
 CHUNK = 256  # documents that are tokenised together, by several threads
 
 
 def prepare(recipe: Recipe, *, log: Callable[[str], None] = print) -> PreparedData:
+    """`gradsmith prepare`: makes `<output>/data/` under the run's lock; see `ensure_data`.
+
+    Raises:
+        UserError: what `ensure_data` raises; another process is writing to the run's folder; or
+            what was trained there is of another recipe.
+    """
+    check_output(recipe)
+    run = Run(recipe.output)
+    with run.lock():
+        run.begin(recipe)
+        return ensure_data(recipe, log=log)
+
+
+def ensure_data(recipe: Recipe, *, log: Callable[[str], None] = print) -> PreparedData:
     """Makes `<output>/data/`, or returns it as it is where it still fits the recipe.
 
     It fits when recipe and sources hash to what its manifest says and its files are whole.
-    Written as `data.tmp` and renamed at the end. The caller holds the run's lock.
+    Written beside its place and renamed at the end. The caller holds the run's lock.
 
     Raises:
         UserError: sources that are missing or unreadable (with file and line, row or byte), a
             share of the split that comes out empty, a tokenizer that cannot be loaded, examples
-            over length where the recipe refuses them.
+            over length where the recipe refuses them; or other data than the run's checkpoints
+            were trained on, and then the old data is left as it is.
     """
-    final = Run(recipe.output).data
-    there = _reusable(recipe, final, log)
+    run = Run(recipe.output)
+    final, trained_on = run.data, run.trained_on()
+    there = _reusable(recipe, final, trained_on, log)
     if there is not None:
         return there
-    check_sources(recipe.data)
-    scratch = final.with_name("data.tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
+    check_sources(recipe.data, log)
+    with building(final, "data") as scratch:
+        write_json(scratch / "manifest.json", _write(recipe, scratch, log))
+        if trained_on not in (None, PreparedData.open(scratch).fingerprint):
+            raise UserError(_changed(run, []))
+    return PreparedData.open(final)
+
+
+def _write(recipe: Recipe, scratch: Path, log: Callable[[str], None]) -> dict[str, Any]:
+    """Everything but the manifest, which is returned."""
     inputs = _inputs(recipe)
     ledger = Ledger()
     _collect(recipe, scratch, ledger, log)
@@ -63,7 +89,7 @@ def prepare(recipe: Recipe, *, log: Callable[[str], None] = print) -> PreparedDa
     _check_shares(recipe, {name: entry["documents"] for name, entry in splits.items()})
     _log_length(recipe, splits, log)
     ledger.check()
-    manifest = {
+    return {
         "format": FORMAT,
         "task": recipe.data.task,
         "data_hash": recipe.data_hash(),
@@ -74,24 +100,30 @@ def prepare(recipe: Recipe, *, log: Callable[[str], None] = print) -> PreparedDa
         "pad_id": tokenizer.pad_token_id,
         "sequence_length": recipe.data.sequence_length,
         **inputs,
-        "tokenizer": {"files": _files_in(scratch / "tokenizer", TOKENIZER_FILES)},
+        "tokenizer": {"files": files_in(scratch / "tokenizer", TOKENIZER_FILES)},
         "ledger": ledger.rows(),
         "splits": splits,
     }
-    write_json(scratch / "manifest.json", manifest)
-    old = final.with_name("data.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    scratch.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
-    return PreparedData.open(final)
+
+
+def _changed(run: Run, changed: list[str]) -> str:
+    return "\n  ".join(
+        [
+            f"{run.folder}: the sources are not what this run was trained on, and nothing was "
+            "prepared again. Put them back as they were, start over with --fresh, or choose "
+            "another output=...",
+            *changed,
+        ]
+    )
 
 
 # ------------------------------------------------------------------------------- what is there
 
 
-def _reusable(recipe: Recipe, final: Path, log: Callable[[str], None]) -> PreparedData | None:
+def _reusable(
+    recipe: Recipe, final: Path, trained_on: str | None, log: Callable[[str], None]
+) -> PreparedData | None:
+    check_ours(final)
     if not (final / "manifest.json").is_file():
         return None
     try:
@@ -100,8 +132,8 @@ def _reusable(recipe: Recipe, final: Path, log: Callable[[str], None]) -> Prepar
     except UserError as error:
         log(f"{error}; preparing again")
         return None
-    manifest = prepared.manifest
-    if manifest["data_hash"] != recipe.data_hash():
+    trained, manifest = trained_on == prepared.fingerprint, prepared.manifest
+    if not prepared.fits(recipe) and not trained:
         log("the data part of the recipe has changed: preparing again")
         return None
     try:
@@ -109,10 +141,28 @@ def _reusable(recipe: Recipe, final: Path, log: Callable[[str], None]) -> Prepar
     except UserError as error:
         log(f"{error}; going on with what was prepared from it")
         return prepared
-    if any(manifest[key] != value for key, value in inputs.items()):
+    changed = list(_differences(manifest, inputs))
+    if changed and trained:
+        raise UserError(_changed(Run(recipe.output), changed))
+    if changed:
         log("the sources have changed: preparing again")
         return None
     return prepared
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    """What was read before and is not the same now."""
+    for number, (old, new) in enumerate(zip(before["sources"], now["sources"], strict=False)):
+        if old["sha256"] != new["sha256"]:
+            yield (
+                f"data.sources.{number}: {old['files']:,} files of {old['bytes']:,} bytes before, "
+                f"{new['files']:,} of {new['bytes']:,} now ({new['path'] or new['kind']})"
+            )
+    if len(before["sources"]) != len(now["sources"]):
+        yield f"data.sources: {len(before['sources'])} before, {len(now['sources'])} now"
+    for key, what in (("tokenizer_from", "the tokenizer"), ("template_from", "the chat template")):
+        if before[key] != now[key]:
+            yield f"{what} that was taken is not the same"
 
 
 def _inputs(recipe: Recipe) -> dict[str, Any]:
@@ -122,18 +172,13 @@ def _inputs(recipe: Recipe) -> dict[str, Any]:
     place, template = tokenizer_place(recipe), data.chat.template
     return {
         "sources": sources,
-        "tokenizer_from": _files_in(Path(place[0]), TOKENIZER_FILES) if place else None,
+        "tokenizer_from": files_in(Path(place[0]), TOKENIZER_FILES) if place else None,
         "template_from": file_entry(_template_file(template)) if template else None,
     }
 
 
-def _files_in(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Name -> {bytes, sha256} of those of the files that are there."""
-    return {name: file_entry(folder / name) for name in names if (folder / name).is_file()}
-
-
 def _template_file(template: str) -> Path:
-    path = Path(template).expanduser()
+    path = Path(template)
     if not path.is_file():
         raise UserError(f"data.chat.template: no file {template} (from {Path.cwd()})")
     return path

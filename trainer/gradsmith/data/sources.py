@@ -16,12 +16,14 @@ import sysconfig
 import tokenize
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, did_you_mean
+from ..files import OurFolders
 from ..reading import parse_json
 from ..recipe import Data, Source
 from .chat import docstring_pairs, prompt_of
@@ -34,8 +36,12 @@ STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "__pycache__"}
 STDLIB_TESTS = {"test", "tests", "idle_test"}
 
 
-def check_sources(data: Data) -> None:
+def check_sources(data: Data, log: Callable[[str], None] | None = None) -> None:
     """What can be known without reading: the task goes with the sources, and they exist.
+
+    Args:
+        data: what the recipe says.
+        log: is told which of our own folders among the sources are left out.
 
     Raises:
         UserError: naming the key.
@@ -55,7 +61,12 @@ def check_sources(data: Data) -> None:
                         "which reads the key that `text` names"
                     )
         if source.kind in SUFFIXES:
-            files_of(source, where)
+            _, ours = _find(source, where)
+            if ours and log:
+                names = ", ".join(str(folder) for folder in sorted(ours))
+                log(f"{where}.path: left out, since gradsmith wrote it: {names}")
+        elif source.kind == "hf_dataset":
+            _check_dataset(Path(str(source.path)), where)
 
 
 def read(data: Data, ledger: Ledger) -> Iterator[Document]:
@@ -112,26 +123,80 @@ def _name(source: Source) -> str:
 def files_of(source: Source, where: str) -> list[Path]:
     """The files that a path means: itself, all of a folder's (recursively), or a glob's matches.
 
+    What is in a run's folder, or in another that gradsmith made, is never among them: a run that
+    read what `prepare` wrote would train on the text that it holds out.
+
     Raises:
-        UserError: there are none.
+        UserError: there are none, or the path is within a folder of ours.
     """
+    return _find(source, where)[0]
+
+
+def _find(source: Source, where: str) -> tuple[list[Path], set[Path]]:
+    """The files, and the folders of ours that were left out."""
     assert source.path is not None
     suffix = SUFFIXES[source.kind]
-    path = Path(source.path).expanduser()
+    path, around = Path(source.path), OurFolders().around
+    fixed = path
+    while glob.has_magic(str(fixed)) and not fixed.exists():
+        fixed = fixed.parent
+    _check_not_ours(fixed, around, where)
     if path.is_file():
-        return [path]
+        return [path], set()
     if path.is_dir():
-        found = [file for file in path.rglob(f"*{suffix}") if file.is_file()]
-        found = [f for f in found if not any(p.startswith(".") for p in f.relative_to(path).parts)]
+        found = list(_walk(path, suffix))
         what = f"files{f' that end in {suffix}' if suffix else ''} in the folder {source.path}"
     else:
         found = [Path(match) for match in glob.glob(str(path), recursive=True)]
         found = [file for file in found if file.is_file()]
         is_glob = glob.has_magic(str(path))
         what = f"files match {source.path}" if is_glob else f"file or folder {source.path}"
-    if not found:
-        raise UserError(f"{where}.path: no {what} (from {Path.cwd()})")
-    return sorted(found)
+    resolved = cache(Path.resolve)  # of folders, in which there are many files
+    kept, ours = [], set()
+    for file in found:
+        folder = around(file.resolve().parent if file.is_symlink() else resolved(file.parent))
+        if folder is None:
+            kept.append(file)
+        else:
+            ours.add(folder)
+    if not kept:
+        besides = f" besides those that gradsmith wrote to {min(ours)}" if ours else ""
+        raise UserError(f"{where}.path: no {what}{besides} (from {Path.cwd()})")
+    return sorted(kept), ours
+
+
+def _walk(root: Path, suffix: str) -> Iterator[Path]:
+    """The files below a folder that end in `suffix`; hidden ones and linked folders left out."""
+
+    def unreadable(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from None
+
+    for folder, folders, names in os.walk(root, onerror=unreadable):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files = (Path(folder, n) for n in names if n.endswith(suffix) and not n.startswith("."))
+        yield from (file for file in files if file.is_file())
+
+
+def _check_not_ours(path: Path, around: Callable[[Path], Path | None], where: str) -> None:
+    place = path.resolve()
+    folder = around(place if place.is_dir() else place.parent)
+    if folder is not None:
+        raise UserError(
+            f"{where}.path: {path} lies in {folder}, which gradsmith wrote: held-out text of a run "
+            "is in it. Sources are files of your own; copy what you want to use out of there"
+        )
+
+
+def _check_dataset(root: Path, where: str) -> None:
+    """
+    Raises:
+        UserError: a local dataset is in a folder of ours, or has one in it, which the library
+            that reads it would not leave out.
+    """
+    if root.is_dir():
+        around = OurFolders().around
+        for folder, _, _ in os.walk(root):
+            _check_not_ours(Path(folder), around, where)
 
 
 def fingerprint(source: Source, where: str) -> dict[str, Any]:
@@ -144,7 +209,7 @@ def fingerprint(source: Source, where: str) -> dict[str, Any]:
         files = [file for file in _stdlib_files() if not _is_test(file)]
     elif source.kind == "hf_dataset":
         assert source.path is not None
-        root = Path(source.path).expanduser()
+        root = Path(source.path)
         files = sorted(f for f in root.rglob("*") if f.is_file()) if root.is_dir() else []
     else:
         root, files = None, files_of(source, where)
@@ -191,7 +256,7 @@ def _texts(source: Source, where: str) -> Iterator[Document]:
     """A folder's or glob's files are a document each; one named file is a corpus, in blocks."""
     assert source.path is not None
     files = files_of(source, where)
-    if Path(source.path).expanduser().is_file():
+    if Path(source.path).is_file():
         for number, block in enumerate(_blocks(_lines(files[0]))):
             yield Document(str(files[0]), block, follows=number > 0)
     else:
@@ -280,7 +345,7 @@ def _dataset_rows(source: Source, where: str) -> Iterator[tuple[dict[str, Any], 
 
     datasets.disable_progress_bars()
     assert source.path is not None
-    path = Path(source.path).expanduser()
+    path = Path(source.path)
     saved = any((path / n).is_file() for n in ("dataset_info.json", "dataset_dict.json"))
     try:
         if saved:

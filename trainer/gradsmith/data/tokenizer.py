@@ -63,7 +63,7 @@ def find_tokenizer(path: str, key: str) -> str:
     Raises:
         UserError: there is none.
     """
-    folder = Path(path).expanduser()
+    folder = Path(path)
     if not folder.exists():
         return hub_name(path, key, "a tokenizer")
     inside = [folder, folder / "tokenizer", folder / "model", folder / "data" / "tokenizer"]

@@ -43,6 +43,7 @@ def generate(
     Raises:
         UserError: no model there, a prompt too long for it, or chat without a template.
     """
+    from ..models.base import open_model
     from ..models.build import load_for_inference
     from ..run import Run
 
@@ -61,8 +62,11 @@ def generate(
         data = run.recipe().data
         chat = data.task == "chat" if chat is None else chat
         system = data.chat.system
-    with quiet(run.logs / "generate.log" if is_run else Path(os.devnull)):
-        model, tokenizer = load_for_inference(path)
+    with (
+        open_model(path) as found,
+        quiet(run.logs / "generate.log" if is_run else Path(os.devnull)),
+    ):
+        model, tokenizer = load_for_inference(found)
         if chat is None:
             chat = tokenizer.chat_template is not None
         ids = [encode_prompt(tokenizer, prompt, chat=chat, system=system) for prompt in prompts]

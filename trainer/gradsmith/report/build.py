@@ -6,6 +6,7 @@ Whatever a run does not have yet is left out or said to be missing.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -20,6 +21,7 @@ import yaml
 from ..console import bytes_in_words
 from ..errors import UserError
 from ..evaluation.evaluate import yardstick_rows
+from ..files import replacing
 from ..reading import read_json
 from ..run import Run
 from ..shapes import DataSummary, Evaluation, Provenance
@@ -62,9 +64,9 @@ def build_report(runs: Sequence[Run], out: Path, title: str | None = None) -> Pa
     if out.is_dir():
         raise UserError(f"{out}: is a folder; name the file to write")
     out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = out.with_name(f".{out.name}.tmp")
-    scratch.write_text(page(title, "\n".join(body)), encoding="utf-8")
-    scratch.replace(out)
+    own = next((run for run in runs if run.report_path.resolve() == out.resolve()), None)
+    with own.lock("results") if own else contextlib.nullcontext(), replacing(out) as file:
+        file.write(page(title, "\n".join(body)))
     return out
 
 

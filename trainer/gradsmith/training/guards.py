@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from ..data.shards import PreparedData
 
 MAX_SKIPPED = 20  # steps in a row with a gradient that is not finite
+ADVICE = (
+    "A lower training.optimizer.lr or a longer training.schedule.warmup usually helps, with "
+    "--fresh or another output=...; where only the newest checkpoint is bad, delete it to go on "
+    "from the one before"
+)
 
 
 def check_data(data: PreparedData, sequences: Sequences) -> None:
@@ -121,10 +126,17 @@ def _leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 class Divergence:
-    """Counts steps in a row that were skipped for a gradient that is not finite."""
+    """Counts steps in a row that were skipped for a gradient that is not finite.
 
-    def __init__(self) -> None:
-        self._skipped = 0
+    Args:
+        scaled: the loss is scaled (fp16), so a gradient beyond the format's range is no sign of
+            divergence while the loss is finite: the next scale is smaller.
+    """
+
+    def __init__(self, scaled: bool = False) -> None:
+        self.scaled = scaled
+        self.skipped = 0
+        self.standing = False  # whether the last step was skipped for more than its scale
 
     def check(self, step: int, loss: float, grad_norm: float) -> bool:
         """Whether the step was sound.
@@ -133,14 +145,15 @@ class Divergence:
             RunError: `MAX_SKIPPED` steps in a row were not.
         """
         if math.isfinite(loss) and math.isfinite(grad_norm):
-            self._skipped = 0
+            self.skipped, self.standing = 0, False
             return True
-        self._skipped += 1
-        if self._skipped >= MAX_SKIPPED:
+        self.skipped += 1
+        self.standing = not (self.scaled and math.isfinite(loss))
+        if self.skipped >= MAX_SKIPPED:
             raise RunError(
                 f"step {step}: loss {loss}, gradient norm {grad_norm}: {MAX_SKIPPED} steps in a "
-                "row were not finite. The last checkpoint is from before; a lower "
-                "training.optimizer.lr or a longer training.schedule.warmup usually helps"
+                "row were not finite and were skipped: the run has diverged. No checkpoint was "
+                f"written meanwhile. {ADVICE}"
             )
         return False
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -25,26 +24,28 @@ from ..checks import check_recipe
 from ..console import TrainingProgress, quiet, say
 from ..data.loader import Batch, Loader, evaluation_batches
 from ..data.packing import Sequences
-from ..data.prepare import prepare
+from ..data.prepare import ensure_data
 from ..data.shards import PreparedData
 from ..errors import RunError, Stopped, UserError, system_error
 from ..evaluation.metrics import SUMS, batch_sums, summarize
+from ..files import read_json, write_json
+from ..models.base import pin
 from ..models.build import build_model
-from ..reading import read_json
 from ..recipe import Recipe
-from ..run import Run, write_json
+from ..run import Run, check_output
 from . import checkpoint, guards
 from . import engine as engines
 
 
-def train(recipe: Recipe, *, fresh: bool = False) -> dict[str, Any]:
+def train(recipe: Recipe, *, fresh: bool | str = False) -> dict[str, Any]:
     """Trains what the recipe describes, going on from the newest checkpoint in its run's folder.
 
     Call it in every process of a launch (or in one alone).
 
     Args:
         recipe: what to train.
-        fresh: start over: forget the checkpoints and metrics in the run's folder.
+        fresh: start over: forget the checkpoints and metrics in the run's folder. A text is an
+            order that is carried out once, however often the same command is started.
 
     Returns:
         The last training row of metrics.jsonl, and the last validation as `validation`.
@@ -54,8 +55,10 @@ def train(recipe: Recipe, *, fresh: bool = False) -> dict[str, Any]:
         RunError: training failed, or was stopped by a signal after it had saved.
     """
     run, rank = Run(recipe.output), engines.rank()
+    check_output(recipe)
+    run.claim()  # before anything is written there, a log for example
     with quiet(run.logs / f"rank-{rank}.log"):
-        check_recipe(recipe, engines.world())
+        check_recipe(recipe, engines.world(), fresh=bool(fresh))
         engines.init_distributed()
         with run.lock() if rank == 0 else contextlib.nullcontext():
             session = _build(recipe, run, fresh)
@@ -64,7 +67,7 @@ def train(recipe: Recipe, *, fresh: bool = False) -> dict[str, Any]:
                 with guards.StopRequest() as stop:
                     return _train(session, stop)
             except OSError as error:
-                saved = checkpoint.newest_in_words(run.checkpoints)
+                saved = checkpoint.newest_in_words(run)
                 raise RunError(f"{system_error(error)}; {saved}") from error
 
 
@@ -75,11 +78,13 @@ class Session:
     recipe: Recipe
     run: Run
     data: PreparedData
+    tokenizer: dict[str, bytes]  # its files, which go into every checkpoint
     loader: Loader
     engine: Any
     total: int | None  # steps, or None when time is the limit
     fused_loss: bool = False  # whether the model computes its loss without its logits
     step: int = 0  # done
+    saved: int = 0  # the step of the newest checkpoint, or 0
     tokens: int = 0  # read, without padding
     seconds: float = 0.0  # trained in earlier processes
 
@@ -103,6 +108,7 @@ class Session:
             "world": engines.world(),
             "zero_stage": self.recipe.training.zero.stage,
             "data": self.data.fingerprint,
+            "tokenizer": self.data.tokenizer_fingerprint,
         }
 
 
@@ -111,11 +117,12 @@ class Session:
 
 def _train(session: Session, stop: guards.StopRequest) -> dict[str, Any]:
     recipe, run, engine = session.recipe, session.run, session.engine
-    settings, divergence = recipe.training, guards.Divergence()
+    settings, divergence = recipe.training, guards.Divergence(recipe.training.precision == "fp16")
     minutes = settings.minutes if session.total is None else None
     began = logged = time.monotonic()
     tokens_logged = session.tokens
     row: dict[str, Any] = {}
+    due, crowded = False, True  # a checkpoint is to be written; there may be more than are kept
     with TrainingProgress(recipe.name, session.total, session.step, minutes=minutes) as bar:
         while True:
             elapsed = _agree(session.seconds + time.monotonic() - began)
@@ -127,6 +134,11 @@ def _train(session: Session, stop: guards.StopRequest) -> dict[str, Any]:
             session.tokens += session.loader.tokens(session.step)
             session.step += 1
             sound = divergence.check(session.step, loss, norm)
+            if sound and crowded:
+                # Not when it was written: a bad step may be the last one in the newest checkpoint,
+                # and shows in the step that follows.
+                _keep_newest(session)
+                crowded = False
             if session.step % settings.log.every == 0 or session.step == session.total:
                 now = time.monotonic()
                 row = {
@@ -145,24 +157,58 @@ def _train(session: Session, stop: guards.StopRequest) -> dict[str, Any]:
             if session.held_out and session.step % settings.validate_.every == 0:
                 bar.update(session.step, validate(session, session.seconds + logged - began))
                 logged = time.monotonic()
-            if stopping or session.step % settings.checkpoint.every == 0:
+            due = due or stopping or session.step % settings.checkpoint.every == 0
+            if due and sound:  # while steps are skipped none is written, and none deleted
                 _save(session, session.seconds + time.monotonic() - began)
+                due, crowded = False, True
                 logged = time.monotonic()
             if stopping:
                 raise Stopped(
-                    f" after step {session.step}; the state is saved in {run.checkpoints}, "
-                    "and the same command goes on from there",
+                    f" after step {session.step}"
+                    + ("" if sound else ", which was skipped and is not saved")
+                    + f"; the same command goes on from {_saved(session)}",
                     stop.signal or signal.SIGTERM,  # another rank was asked
                 )
-        if _newest_step(run) != session.step:
-            _save(session, elapsed)
-        validation = _last_row(run, "validation")
-        if session.held_out and (validation is None or validation["step"] != session.step):
-            validation = validate(session, elapsed)
-            bar.update(session.step, validation)
+        _finish(session, divergence, row, elapsed, bar)
+    return {
+        **(row or _last_row(run, "train") or {}),
+        "validation": _last_row(run, "validation"),
+    }
+
+
+def _finish(
+    session: Session,
+    divergence: guards.Divergence,
+    row: dict[str, Any],
+    elapsed: float,
+    bar: TrainingProgress,
+) -> None:
+    """The last checkpoint and validation.
+
+    Raises:
+        RunError: the run has diverged, now or when its last step was made by another process.
+    """
+    run = session.run
+    last = row or _last_row(run, "train") or {}
+    if divergence.standing or (not row and last.get("skipped")):
+        raise RunError(
+            f"step {session.step}, the last, was skipped, since its loss or gradient was not "
+            f"finite: the run has diverged, and is not saved. {guards.ADVICE}"
+        )
+    if session.saved != session.step:
+        _save(session, elapsed)
+    validation = _last_row(run, "validation")
+    if session.held_out and (validation is None or validation["step"] != session.step):
+        validation = validate(session, elapsed)
+        bar.update(session.step, validation)
+    if validation is not None and not math.isfinite(validation["loss"]):
+        raise RunError(
+            f"step {session.step}: the validation loss is {validation['loss']}: the run has "
+            f"diverged. {guards.ADVICE}"
+        )
+    _keep_newest(session)
     if engines.rank() == 0:
         _describe(session, elapsed)
-    return {**(row or _last_row(run, "train") or {}), "validation": validation}
 
 
 def optimizer_step(session: Session, asked_to_stop: bool = False) -> tuple[float, float, bool]:
@@ -277,10 +323,11 @@ def validate(session: Session, elapsed: float) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------- building
 
 
-def _build(recipe: Recipe, run: Run, fresh: bool) -> Session:
+def _build(recipe: Recipe, run: Run, fresh: bool | str) -> Session:
     data = _first(lambda: _open(recipe, run, fresh))
     if data is None:  # another rank prepared it
         data = PreparedData.open(run.data)
+    tokenizer = data.tokenizer_files()
     sequences = _sequences(recipe, data, "train")
     guards.check_data(data, sequences)
     loader = Loader(sequences, seed=recipe.seed, global_batch=recipe.training.global_batch)
@@ -290,9 +337,8 @@ def _build(recipe: Recipe, run: Run, fresh: bool) -> Session:
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     total = sum(p.numel() for p in parameters)
     guards.check_space(run.folder, trainable, total, recipe)
-    session = Session(
-        recipe, run, data, loader, engines.build_engine(recipe, model), total_steps(recipe, loader)
-    )
+    engine = engines.build_engine(recipe, model)
+    session = Session(recipe, run, data, tokenizer, loader, engine, total_steps(recipe, loader))
     kernels = _kernels(recipe, session.engine.module)
     placed = kernels.get("accelerate", {}).get("replaced", {}).values()
     session.fused_loss = any(op == "linear_cross_entropy" for op, _ in placed)
@@ -334,16 +380,12 @@ def _kernels(recipe: Recipe, model: torch.nn.Module) -> dict[str, Any]:
     return {"backends": backends, "accelerate": placed}
 
 
-def _open(recipe: Recipe, run: Run, fresh: bool) -> PreparedData:
+def _open(recipe: Recipe, run: Run, fresh: bool | str) -> PreparedData:
     """What rank 0 does before the others look into the folder."""
-    if fresh:
-        shutil.rmtree(run.checkpoints, ignore_errors=True)
-        for path in (run.metrics_path, run.evaluation_path, run.report_path):
-            path.unlink(missing_ok=True)
-    elif run.recipe_path.is_file() and run.checkpoints.is_dir():
-        guards.check_same_run(run.recipe(), recipe, run.folder)
-    run.write_recipe(recipe)
-    return prepare(recipe, log=say)
+    run.begin(recipe, fresh)
+    data = ensure_data(recipe, log=say)
+    pin(run, recipe)
+    return data
 
 
 def _first(work: Callable[[], Any]) -> Any:
@@ -371,14 +413,31 @@ def _first(work: Callable[[], Any]) -> Any:
 
 
 def _agree_on_checkpoint(run: Run) -> Path | None:
-    """The checkpoint from which all ranks go on; rank 0 verifies its every byte."""
-    step = torch.full((1,), -1, dtype=torch.int64, device=engines.device())
-    if engines.rank() == 0:
-        path, complaints = checkpoint.newest_verified(run.checkpoints)
+    """The checkpoint from which all ranks go on; rank 0 verifies its every byte.
+
+    Raises:
+        UserError: on all ranks, if there are checkpoints and every one is damaged.
+    """
+
+    def choose() -> None:
+        path, complaints = checkpoint.newest(run)
+        if path is None and complaints:
+            raise UserError(
+                "\n  ".join(
+                    [
+                        f"{run.folder}: every checkpoint is damaged, and nothing was changed; put "
+                        "one back, start over with --fresh, or choose another output=...",
+                        *complaints,
+                    ]
+                )
+            )
         for complaint in complaints:
             say(f"not used: {complaint}")
         if path is not None:
             step[0] = int(path.name.removeprefix("step-"))
+
+    step = torch.full((1,), -1, dtype=torch.int64, device=engines.device())
+    _first(choose)
     dist.broadcast(step, 0)
     return None if step.item() < 0 else run.checkpoints / f"step-{int(step.item()):06}"
 
@@ -391,9 +450,12 @@ def _resume(session: Session, start: Path) -> None:
             f"{session.run.data}: the data is not what {start} was trained on (its sources have "
             "changed); start over with --fresh, or choose another output=..."
         )
-    session.step, session.tokens = state["step"], state["tokens"]
+    session.step = session.saved = state["step"]
+    session.tokens = state["tokens"]
     session.seconds = state["seconds"]
     say(f"{session.recipe.name}: going on from {start}")
+    if session.total is not None and session.step >= session.total:
+        say(f"{session.step} steps are done and the recipe asks for {session.total}: none is left")
 
 
 def total_steps(recipe: Recipe, loader: Loader) -> int | None:
@@ -432,14 +494,18 @@ def _save(session: Session, elapsed: float) -> None:
     with engines.averaged_weights(session.engine):
         checkpoint.save(
             session.engine,
-            session.data.tokenizer(),
+            session.tokenizer,
             session.run.checkpoints,
             session.step,
             session.state(elapsed),
         )
-    if engines.rank() == 0:
-        checkpoint.keep_newest(session.run.checkpoints, session.recipe.training.checkpoint.keep)
+    session.saved = session.step
     dist.barrier()
+
+
+def _keep_newest(session: Session) -> None:
+    if engines.rank() == 0:
+        checkpoint.keep_newest(session.run, session.recipe.training.checkpoint.keep)
 
 
 def _agree(seconds: float) -> float:
@@ -449,9 +515,9 @@ def _agree(seconds: float) -> float:
     return float(clock)
 
 
-def _newest_step(run: Run) -> int | None:
-    path = checkpoint.newest_checkpoint(run.checkpoints)
-    return int(path.name.removeprefix("step-")) if path else None
+def _saved(session: Session) -> str:
+    """The newest checkpoint, for a message."""
+    return f"{session.run.checkpoints}/step-{session.saved:06}" if session.saved else "the start"
 
 
 def _last_row(run: Run, kind: str) -> dict[str, Any] | None:
