@@ -86,7 +86,7 @@ def _write(recipe: Recipe, scratch: Path, log: Callable[[str], None]) -> dict[st
     _collect(recipe, scratch, ledger, log)
     tokenizer = _tokenizer(recipe, scratch, ledger, log)
     splits = {name: _tokenise(recipe, scratch, name, tokenizer, ledger) for name in SPLITS}
-    _check_shares(recipe, {name: entry["documents"] for name, entry in splits.items()})
+    _check_shares(recipe, {name: entry["documents"] for name, entry in splits.items()}, ledger)
     _log_length(recipe, splits, log)
     ledger.check()
     return {
@@ -206,7 +206,7 @@ def _collect(recipe: Recipe, scratch: Path, ledger: Ledger, log: Callable[[str],
             file.close()
     what = "documents" if data.task == "language_modeling" else "conversations"
     log(f"{what}: " + ", ".join(f"{name} {n:,}" for name, n in counts.items()))
-    _check_shares(recipe, counts)
+    _check_shares(recipe, counts, ledger)
 
 
 def _spool(scratch: Path, name: str) -> Path:
@@ -219,11 +219,11 @@ def _read_spool(scratch: Path, name: str) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
-def _check_shares(recipe: Recipe, counts: dict[str, int]) -> None:
+def _check_shares(recipe: Recipe, counts: dict[str, int], ledger: Ledger) -> None:
     """Every split that the recipe asks for has a document.
 
     Raises:
-        UserError: with the counts.
+        UserError: with the counts, and why documents were dropped.
     """
     shares = recipe.data.split
     wanted = {"train": True, "validation": shares.validation > 0, "test": shares.test > 0}
@@ -232,11 +232,14 @@ def _check_shares(recipe: Recipe, counts: dict[str, int]) -> None:
         return
     found = ", ".join(f"{name} {n}" for name, n in counts.items())
     where, advice = "data.sources", "give more data, or check data.clean and data.chat.over_length"
-    if empty != ["train"]:
+    if "train" not in empty:
         held_out = next(name for name in empty if name != "train")
         where = f"data.split.{held_out}"
         advice = "give more documents, a larger share, or 0 to go without"
-    raise UserError(f"{where}: nothing is left for {' and '.join(empty)} ({found}); {advice}")
+    dropped = [row for row in ledger.rows() if row["what"] == "dropped"]
+    why = "; ".join(f"{row['documents']} {row.get('reason', '')}" for row in dropped)
+    told = f"{found}; dropped: {why}" if why else found
+    raise UserError(f"{where}: nothing is left for {' and '.join(empty)} ({told}); {advice}")
 
 
 # -------------------------------------------------------------------------------- the tokenizer

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Any:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    bpe.train_from_iterator(texts, trainer)
+    _interruptible(lambda: bpe.train_from_iterator(texts, trainer))
     bpe.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A",
         pair=f"{BOS} $A {BOS} $B",
@@ -51,6 +52,23 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Any:
         extra_special_tokens=CHAT_TOKENS,
         clean_up_tokenization_spaces=False,
     )
+
+
+def _interruptible(work: Callable[[], object]) -> None:
+    """Runs `work` on another thread: Rust does not look for signals, and this thread does."""
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
 
 
 def find_tokenizer(path: str, key: str) -> str:
