@@ -86,7 +86,8 @@ def launch(job: Job, *, dry_run: bool = False) -> int:
     if threads is None:
         from .checks import check_recipe
 
-        check_recipe(recipe, world)  # DeepSpeed's launcher would let every rank say what is wrong
+        # DeepSpeed's launcher would let every rank say what is wrong.
+        check_recipe(recipe, world, bool(job.fresh))
         return subprocess.run(command).returncode
     # Without it torchrun gives each process one thread.
     os.environ.setdefault("OMP_NUM_THREADS", threads)
