@@ -119,9 +119,9 @@ RUN = ["-m", "torch.distributed.run"]
              "tiny.yaml"],
         ),
         (
-            "--nproc 1 --nnodes 2 --node-rank 1 --master n0:29500 --fresh tiny.yaml name=b",
+            "--nproc 1 --nnodes 2 --node-rank 1 --master n0:29500 --fresh-once 0a1b tiny.yaml",
             [*RUN, "--nnodes", "2", "--node-rank", "1", "--master-addr", "n0", "--master-port",
-             "29500", "--nproc-per-node", "1", *TRAIN, "--fresh", "tiny.yaml", "name=b"],
+             "29500", "--nproc-per-node", "1", *TRAIN, "--fresh-once", "0a1b", "tiny.yaml"],
         ),
         (
             "--nproc 2 tiny.yaml 'data.sources.0.path=a b' -- --max-restarts 1",

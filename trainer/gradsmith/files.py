@@ -185,6 +185,23 @@ def building(final: Path, what: str) -> Iterator[Path]:
         raise
 
 
+@contextlib.contextmanager
+def making(out: Path) -> Iterator[Path]:
+    """A scratch folder, with a name that nobody else has, that becomes the user's folder `out`,
+    which is not there or empty; on an error it goes."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(SCRATCH, f".{out.name}.", out.parent))
+    try:
+        scratch.chmod(0o777 & ~umask())  # mkdtemp's is for one user alone
+        yield scratch
+        if out.exists():
+            out.rmdir()
+        scratch.rename(out)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
 def publish(scratch: Path, final: Path) -> None:
     """Puts a folder in its place; one of ours that is there already goes.
 

@@ -89,7 +89,7 @@ def launch(job: Job, *, dry_run: bool = False) -> int:
 
     if threads is None:
         # DeepSpeed's launcher would let every rank say what is wrong.
-        check_recipe(recipe, world)
+        check_recipe(recipe, world, fresh=bool(job.fresh))
         return subprocess.run(command).returncode
     # Without it torchrun gives each process one thread.
     os.environ.setdefault("OMP_NUM_THREADS", threads)

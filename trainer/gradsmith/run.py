@@ -225,10 +225,16 @@ class Run:
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
-            for path in self.folder.glob(f".*{SCRATCH}"):  # what a crash has left half-written
-                if path.name.startswith(tuple(f".{name}." for name in written)):
-                    remove(path) if path.is_dir() else path.unlink(missing_ok=True)
+            self._sweep(self.folder, written)
+            if what == "run":
+                self._sweep(self.checkpoints)
             yield
+
+    def _sweep(self, folder: Path, names: tuple[str, ...] = ()) -> None:
+        """Deletes what a crash has left half-written of what the lock's holder writes."""
+        for path in folder.glob(f".*{SCRATCH}"):
+            if not names or path.name.startswith(tuple(f".{name}." for name in names)):
+                remove(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     def begin(self, recipe: Recipe, fresh: bool | str = False) -> None:
         """Makes the folder the recipe's. The caller holds the lock.

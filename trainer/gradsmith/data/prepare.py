@@ -40,8 +40,12 @@ from .tokenizer import (
 CHUNK = 256  # documents that are tokenised together, by several threads
 
 
-def prepare(recipe: Recipe, *, log: Callable[[str], None] = print) -> PreparedData:
+def prepare(
+    recipe: Recipe, *, fresh: bool = False, log: Callable[[str], None] = print
+) -> PreparedData:
     """`gradsmith prepare`: makes `<output>/data/` under the run's lock; see `ensure_data`.
+
+    With `fresh`, what was trained there is forgotten first.
 
     Raises:
         UserError: what `ensure_data` raises; another process is writing to the run's folder; or
@@ -50,7 +54,7 @@ def prepare(recipe: Recipe, *, log: Callable[[str], None] = print) -> PreparedDa
     check_output(recipe)
     run = Run(recipe.output)
     with run.lock():
-        run.begin(recipe)
+        run.begin(recipe, fresh)
         return ensure_data(recipe, log=log)
 
 

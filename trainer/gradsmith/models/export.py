@@ -7,14 +7,13 @@ its logits compared with those of the run.
 from __future__ import annotations
 
 import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from ..errors import RunError, UserError
-from ..files import SCRATCH, OurFolders, umask, write_json
+from ..files import OurFolders, making, write_json
 from ..reading import read_json
 from ..run import Run
 from ..shapes import AdapterConfig
@@ -68,10 +67,7 @@ def _export(model: Model, out: Path, form: Form | None) -> float:
             + ("an adapter" if is_adapter(source) else "all weights")
         )
     ours, tokenizer = load_for_inference(model, kernels=False)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(SCRATCH, f".{out.name}.", out.parent))
-    try:
-        scratch.chmod(0o777 & ~umask())  # mkdtemp's is for one user alone
+    with making(out) as scratch:
         bound = 0.0
         if form == "merged":
             _merge(model, tokenizer, scratch)
@@ -86,12 +82,6 @@ def _export(model: Model, out: Path, form: Form | None) -> float:
                 f"{out}: not written: read back, its logits differ from the run's by "
                 f"{difference:.2e} relative to their norm; allowed are {bound:.0e}"
             )
-        if out.exists():
-            out.rmdir()  # empty, or this fails
-        scratch.rename(out)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
     return difference
 
 
