@@ -331,7 +331,9 @@ def deepspeed_command(job: Job) -> list[str]:
 
 
 def _slurm(job: Job, recipe: Recipe, dry_run: bool) -> int:
-    check_recipe(recipe, int(job.nnodes or 1) * int(job.nproc or 1), here=False)
+    check_recipe(
+        recipe, int(job.nnodes or 1) * int(job.nproc or 1), fresh=bool(job.fresh), here=False
+    )
     script = sbatch_script(job, recipe)
     if dry_run:
         print(script, end="")
