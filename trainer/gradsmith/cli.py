@@ -167,7 +167,7 @@ def generate(
         prompts = prompt or [sys.stdin.buffer.read().decode()]
         "".join(prompts).encode()
     except UnicodeError as error:
-        raise UserError(f"the prompt is not UTF-8 text ({error.reason})") from None
+        raise UserError(f"the prompt is not UTF-8 text: {error}") from None
     if not all(prompts):
         raise UserError("the prompt is empty; give --prompt TEXT or text on standard input")
     with contextlib.redirect_stdout(sys.stderr):  # what is said on the way is no result

@@ -226,7 +226,9 @@ def _run_torchrun(arguments: list[str]) -> int:
 def _explain_failure(error: Any) -> NoReturn:
     """Maps a torchrun ChildFailedError to this command's end: the first reason that a rank gave,
     or the fate of a rank that died without one."""
-    told, silent, lost = [], [], []
+    told: list[dict[str, Any]] = []
+    lost: list[dict[str, Any]] = []
+    silent = []
     for rank, failure in sorted(error.failures.items()):
         data = failure.error_file_data
         if "exit_code" in data:  # written by gradsmith.__main__
