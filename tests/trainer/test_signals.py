@@ -184,7 +184,7 @@ def test_a_disk_that_is_full_at_a_checkpoint_is_said_in_a_line(here: Path) -> No
 @pytest.mark.parametrize(
     ("shell", "code", "said"),
     [
-        ("schema > /dev/full", 1, "error: standard output: No space left on device\n"),
+        ("schema > /dev/full", 1, "No space left on device\n"),
         ("schema >&-", 0, ""),
         ("schema 2>&-", 0, ""),
         ("generate nope <&-", 2, "error: the prompt is empty"),

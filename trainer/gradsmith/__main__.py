@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -126,7 +127,8 @@ def _fail(message: str, code: int, *, aloud: bool = False, lost: bool = False) -
         told = {"message": message, "timestamp": time.time(), "exit_code": code, "lost": lost}
         Path(error_file).write_text(json.dumps(told), encoding="utf-8")
     if not error_file or (aloud and os.environ.get("RANK") == "0"):
-        print(f"error: {message}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # the code says it, where nothing can be written
+            print(f"error: {message}", file=sys.stderr)
     return code
 
 
