@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from gradsmith.data.loader import Loader
 from gradsmith.data.packing import Sequences
 from gradsmith.data.shards import PreparedData
-from gradsmith.models.build import DTYPES, base_of
+from gradsmith.models.base import base_of
+from gradsmith.models.build import DTYPES
 from gradsmith.run import Run
 
 
@@ -66,7 +67,8 @@ def main() -> None:
     loader = Loader(sequences, seed=recipe.seed, global_batch=training.global_batch)
 
     dtype = DTYPES[training.precision]
-    model = AutoModelForCausalLM.from_pretrained(base_of(recipe), dtype=dtype).train()
+    base = base_of(run, recipe).place
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).train()
     if adapter is not None:
         from peft import LoraConfig, get_peft_model
 

@@ -249,4 +249,5 @@ def _products_level() -> str | None:
     if found is None:
         return None
     levels = list(_BF16_OVER_FP32)
-    return min(found["isa"], _held_down() or levels[-1], key=levels.index)
+    isa: str = found["isa"]
+    return min(isa, _held_down() or levels[-1], key=levels.index)

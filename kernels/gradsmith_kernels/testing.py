@@ -184,11 +184,11 @@ def over_draws(
     if doubtful and draws > 1:
         every = [found, *(draw(number) for number in range(1, draws))]
         for name in doubtful:
-            norms = {
-                whose: math.hypot(*(getattr(errors[name], whose) for errors in every))
+            ours, naive, exact = (
+                math.hypot(*(getattr(errors[name], whose) for errors in every))
                 for whose in ("ours", "naive", "exact")
-            }
-            found[name] = replace(found[name], **norms, draws=draws)
+            )
+            found[name] = replace(found[name], ours=ours, naive=naive, exact=exact, draws=draws)
     return found
 
 

@@ -59,9 +59,10 @@ def test_what_is_chosen(level):
     before = _native.isa()
     _native.set_isa(level)
     try:
-        slow = level in ("portable", "avx2", "avx512")
-        for dtype in (torch.bfloat16, torch.float16):
-            assert OP.resolve(None, "cpu", dtype) == ("cpu" if slow else "reference")
+        slow = not backends.torch_multiplies_bf16()
+        assert slow or level in ("avx512bf16", "amx")
+        assert OP.resolve(None, "cpu", torch.bfloat16) == ("cpu" if slow else "reference")
+        assert OP.resolve(None, "cpu", torch.float16) == ("reference" if level == "amx" else "cpu")
         ours = slow or level == "amx"
         assert dweight_backend("cpu", torch.bfloat16) == ("cpu" if ours else "reference")
         for dtype in (torch.float32, torch.float64):

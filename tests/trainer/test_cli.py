@@ -237,7 +237,7 @@ def test_validate_sums_a_good_recipe_up(here: Path, capfd: pytest.CaptureFixture
         (["data.chat.template=chat.jinja"], "data.chat.template: chat.jinja: no such file"),
         (["data.task=chat"], "data.sources.0.kind: text has no questions and answers"),
         (["output=tiny.yaml/run"], "output: tiny.yaml/run: tiny.yaml is a file"),
-        (["model={from: textz}"], 'model.from: textz: no such folder. Did you mean "texts"'),
+        (["model={from: textz}"], 'model.from: no folder textz .*Did you mean "texts"'),
         (["model={from: texts}"], "model.from: texts: no config.json there"),
     ],
 )

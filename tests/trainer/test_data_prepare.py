@@ -326,7 +326,9 @@ def test_data_is_reused_until_recipe_sources_or_files_change(tmp_path):
     kept, said = run(sequence_length=32)
     assert "going on with what was prepared" in said[0]
     assert len(kept.split("train")) == len(changed.split("train"))
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["data"]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        ".gradsmith", "data", "lock", "recipe.yaml",
+    ]  # fmt: skip
 
 
 def test_a_failure_leaves_what_was_there(tmp_path):

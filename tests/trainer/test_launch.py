@@ -119,9 +119,9 @@ RUN = ["-m", "torch.distributed.run"]
              "tiny.yaml"],
         ),
         (
-            "--nproc 1 --nnodes 2 --node-rank 1 --master n0:29500 --fresh tiny.yaml name=b",
+            "--nproc 1 --nnodes 2 --node-rank 1 --master n0:29500 --fresh-once 0a1b tiny.yaml",
             [*RUN, "--nnodes", "2", "--node-rank", "1", "--master-addr", "n0", "--master-port",
-             "29500", "--nproc-per-node", "1", *TRAIN, "--fresh", "tiny.yaml", "name=b"],
+             "29500", "--nproc-per-node", "1", *TRAIN, "--fresh-once", "0a1b", "tiny.yaml"],
         ),
         (
             "--nproc 2 tiny.yaml 'data.sources.0.path=a b' -- --max-restarts 1",
@@ -178,6 +178,7 @@ SLURM += ["--partition", "gpu", "--sbatch", "gpus-per-node=1", "tiny.yaml", "nam
 def test_the_sbatch_script_starts_launch_on_each_node(
     here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    (here / "texts").rename(here / "a b")
     job = [*SLURM[:-1], "data.sources.0.path=a b", "--", "--max-restarts", "1"]
     assert main(job) == 0
     assert "submit it with: sbatch run/launch.sbatch" in capfd.readouterr().out
@@ -231,6 +232,132 @@ def test_slurm_dry_run_prints_the_script_and_writes_nothing(
     assert main([*SLURM[:-1], "--dry-run"]) == 0
     assert capfd.readouterr().out.startswith("#!/bin/bash\n#SBATCH --job-name=tiny\n")
     assert not (here / "run").exists()
+
+
+# --------------------------------------------------------------------------- what a shell would do
+
+PAYLOADS = ["; touch pwned", "$(touch pwned)", "`touch pwned`", "'; touch pwned; '", "a b#c%j",
+            "\\", '"', "${HOME}", "| touch pwned", "> pwned", "-oProxyCommand=touch", "*", "~",
+            "--fresh", "-x"]  # fmt: skip
+LINE_BREAKS = ["a\ntouch pwned\n#", "a\r#", "a\0", "a\x1b[2J", "a\u2028b"]
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+def test_a_script_hands_on_every_word_as_it_was(
+    payload: str, here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    place = here / f"{payload} here"
+    place.mkdir()
+    recipe = Path(f"{payload}.yaml")
+    (here / "tiny.yaml").rename(here / recipe)
+    overrides = [f"data.chat.system={json.dumps(payload)}", f"output={json.dumps(payload)}"]
+    job = ["launch", "--slurm", "--nodes", "2", "--nproc", "1", "--sbatch", f"comment={payload}",
+           "--dry-run", f"./{recipe}", *overrides, "--", payload]  # fmt: skip
+    assert main(job) == 0
+    script = capfd.readouterr().out
+    directives = [
+        shlex.split(line.removeprefix("#SBATCH "), comments=True)  # as sbatch reads them
+        for line in script.splitlines()
+        if line.startswith("#SBATCH ")
+    ]
+    assert [f"--comment={payload}"] in directives
+    assert [f"--output={payload.replace('%', '%%')}/logs/slurm-%j.out"] in directives
+    assert [f"--chdir={here}"] in directives
+    assert all(len(words) == 1 for words in directives)
+
+    program(here / "bin", "scontrol", "echo node0")
+    program(here / "bin", "srun", "printf '%s\\0' \"$@\"")
+    done = subprocess.run(
+        ["bash", "-c", script],
+        env={
+            "SLURM_JOB_NODELIST": "a",
+            "SLURM_JOB_ID": "1",
+            "PATH": f"{here / 'bin'}:/usr/bin:/bin",
+        },
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    words = done.stdout.split("\0")[:-1]
+    path = f"./{recipe}" if payload.startswith("-") else str(recipe)
+    assert words[-5:] == [path, *overrides, "--", payload]
+    assert not list(here.rglob("pwned"))
+
+
+@pytest.mark.parametrize("payload", LINE_BREAKS)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--sbatch=comment=RAW", "tiny.yaml"],
+        ["--time=RAW", "tiny.yaml"],
+        ["--partition=RAW", "tiny.yaml"],
+        ["tiny.yaml", "output=QUOTED"],
+        ["tiny.yaml", "name=QUOTED"],
+        ["tiny.yaml", "data.chat.system=RAW"],
+        ["tiny.yaml", "--", "RAW"],
+    ],
+)
+def test_nothing_with_a_line_break_gets_into_a_script(
+    words: list[str], payload: str, here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = [w.replace("RAW", payload).replace("QUOTED", json.dumps(payload)) for w in words]
+    assert main(["launch", "--slurm", "--nodes", "2", "--nproc", "1", "--dry-run", *words]) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "option", ["--sbatch=; rm -rf /", "--sbatch=", "--sbatch=A=b", "--time=1h", "--time=1:00:00 x",
+               "--partition=a b", "--partition=-a", "--partition=a;b"]
+)  # fmt: skip
+def test_sbatchs_values_have_a_form(
+    option: str, here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["launch", "--slurm", "--nodes", "2", "--nproc", "1", option, "tiny.yaml"]) == 2
+    assert f"{option.partition('=')[0]}: found" in capfd.readouterr().err
+    assert not (here / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["-oProxyCommand=touch${IFS}pwned", "a;b", "$(a)", "a'b", "a,b", "a/b", "user@-x", "\u00e4"],
+)
+def test_a_host_is_a_name(host: str, here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for text in (f"{host} slots=1\nb slots=1\n", f"b slots=1 # x\r{host} slots=1\n"):
+        (here / "hosts").write_text(text, newline="")
+        assert main(["launch", "--hostfile", "hosts", "tiny.yaml", "--dry-run"]) == 2
+        assert "expected HOST slots=N" in capfd.readouterr().err
+    assert main(["launch", "--nnodes", "2", "--node-rank", "0", "--master", f"{host}:29500",
+                 "--dry-run", "tiny.yaml"]) == 2  # fmt: skip
+    assert "--master: found" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["tiny.yaml", "data.chat.system=$(touch pwned)"], "recipe and overrides: found"),
+        (["tiny.yaml", "data.chat.system=a b"], "recipe and overrides: found"),
+        (["tiny.yaml", "--", "--venv_script", "a;touch pwned"], "--: found a;touch pwned"),
+        (["a b.yaml"], "recipe and overrides: found a b.yaml"),
+    ],
+)
+def test_what_deepspeeds_launcher_would_not_quote_is_refused(
+    words: list[str], said: str, here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (here / "a b.yaml").write_text((here / "tiny.yaml").read_text())
+    assert main(["launch", "--hostfile", "hosts", "--dry-run", *words]) == 2
+    assert said in capfd.readouterr().err
+
+
+def test_a_working_directory_with_a_space_is_no_place_for_a_hostfile(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (here / "a;b").mkdir()
+    monkeypatch.chdir(here / "a;b")
+    assert main(["launch", "--hostfile", "../hosts", "--dry-run", "../tiny.yaml",
+                 "data.sources.0.path=../texts"]) == 2  # fmt: skip
+    assert "the working directory: found" in capfd.readouterr().err
 
 
 # ------------------------------------------------------------------------------ real processes

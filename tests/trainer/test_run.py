@@ -78,7 +78,7 @@ def test_a_resumed_run_writes_on_behind_a_line_cut_off(tmp_path: Path) -> None:
 
 def test_a_bad_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
     run = Run(tmp_path)
-    run.metrics_path.write_text('{"step": 1}\n{"step"\n{"step": 3}\n')
+    run.metrics_path.write_text('{"kind": "train", "step": 1}\n{"step"\n{"step": 3}\n')
     with pytest.raises(UserError, match=r"metrics\.jsonl:2: not readable as JSON"):
         run.read_metrics()
 

@@ -14,16 +14,20 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .console import quiet
 from .errors import UserError, did_you_mean
+from .hub import hub_name
 from .recipe import LENGTHS, Recipe
+from .run import Run, check_output
 
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+if TYPE_CHECKING:
+    from .models.base import Model
 
 # Read by transformers for models with rotary positions, though no config class declares them.
 ROTARY_KEYS = {"rope_theta", "rope_scaling", "partial_rotary_factor"}
+MAX_LAYERS = 1000
 
 
 @dataclass(frozen=True)
@@ -67,8 +71,13 @@ class Summary:
         )
 
 
-def check_recipe(recipe: Recipe, world: int = 1) -> Summary:
-    """Checks a recipe against this machine, for `world` ranks.
+def check_recipe(
+    recipe: Recipe, world: int = 1, *, fresh: bool = False, here: bool = True
+) -> Summary:
+    """Checks a recipe for `world` ranks, against this machine if it is to be trained `here`.
+
+    Sources and a base that are gone are no obstacle to a run that has its data and base already,
+    unless it starts over (`fresh`).
 
     Raises:
         UserError: naming every problem found.
@@ -77,19 +86,20 @@ def check_recipe(recipe: Recipe, world: int = 1) -> Summary:
 
     asked, before = recipe.training.precision, None
     with contextlib.suppress(UserError):  # training says what is wrong with the run there
-        before = going_on(recipe)
+        before = None if fresh else Run(recipe.output).going_on()
     recipe = settle_precision(recipe, before)
     problems: list[str] = []
     with _collect(problems):
         recipe.training.accumulation(world)
     with _collect(problems):
-        _check_output(recipe)
-    with _collect(problems):
-        check_precision(recipe)
-    problems += _check_data(recipe)
+        check_output(recipe)
+    if here:
+        with _collect(problems):
+            check_precision(recipe)
+    problems += _check_data(recipe, fresh)
     model = None
     with _collect(problems):
-        model = describe_model(recipe)
+        model = describe_model(recipe, fresh)
     if problems or model is None:
         raise UserError("\n".join([f"{recipe.name}:", *(f"  {problem}" for problem in problems)]))
 
@@ -120,14 +130,6 @@ def check_recipe(recipe: Recipe, world: int = 1) -> Summary:
     )
 
 
-def going_on(recipe: Recipe) -> Recipe | None:
-    """The recipe of the run in `recipe.output` that training would go on with; None: it begins."""
-    from .run import Run
-
-    run = Run(recipe.output)
-    return run.recipe() if run.recipe_path.is_file() and run.checkpoints.is_dir() else None
-
-
 @contextlib.contextmanager
 def _collect(problems: list[str]) -> Iterator[None]:
     try:
@@ -139,24 +141,24 @@ def _collect(problems: list[str]) -> Iterator[None]:
 # ---------------------------------------------------------------------------- files and machine
 
 
-def _check_output(recipe: Recipe) -> None:
-    output = Path(recipe.output)
-    for path in (output, *output.parents):
-        if path.exists() and not path.is_dir():
-            raise UserError(f"output: {recipe.output}: {path} is a file")
-
-
-def _check_data(recipe: Recipe) -> list[str]:
+def _check_data(recipe: Recipe, fresh: bool) -> list[str]:
+    from .data.prepare import tokenizer_place
+    from .data.shards import PreparedData
     from .data.sources import check_sources
-    from .data.tokenizer import find_tokenizer
+    from .data.tokenizer import load_tokenizer
 
     problems: list[str] = []
+    if not fresh:
+        with contextlib.suppress(UserError):
+            if PreparedData.open(Run(recipe.output).data).fits(recipe):
+                return []
     with _collect(problems):
         check_sources(recipe.data)
-    tokenizer, template = recipe.data.tokenizer, recipe.data.chat.template
-    if tokenizer is not None and tokenizer.from_ is not None:
-        with _collect(problems):
-            find_tokenizer(tokenizer.from_, "data.tokenizer.from")
+    template = recipe.data.chat.template
+    with _collect(problems):
+        place = tokenizer_place(recipe)
+        if place is not None and Path(place[0]).is_dir():
+            load_tokenizer(*place)
     if template is not None and not Path(template).is_file():
         problems.append(f"data.chat.template: {template}: no such file")
     return problems
@@ -165,8 +167,12 @@ def _check_data(recipe: Recipe) -> list[str]:
 # ---------------------------------------------------------------------------------------- model
 
 
-def describe_model(recipe: Recipe) -> Any:
+def describe_model(recipe: Recipe, fresh: bool = True) -> Any:
     """The recipe's model, adapters included, on the meta device: shapes without numbers.
+
+    Args:
+        recipe: with the model.
+        fresh: whether it starts from what `model.from` is now, and not from what its run has kept.
 
     Raises:
         UserError: the config is impossible, or there are no usable weights at `model.from`.
@@ -178,7 +184,12 @@ def describe_model(recipe: Recipe) -> Any:
             config = config_of(recipe)
             where = "model.config"
         else:
-            config, where = _config_from(recipe), "model.from"
+            from .models.base import base_of, find_model
+
+            name = str(recipe.model.from_)
+            base = find_model(name, hashes=False) if fresh else base_of(Run(recipe.output), recipe)
+            config, where = _config_from(base), "model.from"
+        _check_ranges(config, where)
         _check_length(recipe, config)
         model = _on_meta(config, where)
         if recipe.model.adapter is not None:
@@ -267,49 +278,29 @@ def _vocab_size(recipe: Recipe) -> int | None:
     return None
 
 
-def _config_from(recipe: Recipe) -> Any:
+def _config_from(model: Model) -> Any:
     """The config of the model at `model.from`, after a look at its weights."""
-    from transformers import AutoConfig
+    from .models.folder import check_whole_model, load_config
+    from .models.gguf import find_gguf
 
-    from .models.build import resolve_base
-    from .models.gguf import find_gguf, place
-
-    name = str(recipe.model.from_)
-    where = resolve_base(name)
-    local = Path(where).exists()
-    if find_gguf(where) is None and local:
-        _check_weights(Path(where))
-    elif not local and (not HUB_NAME.fullmatch(name) or Path(name).parent.is_dir()):
-        parent = Path(name).parent
-        near = did_you_mean(Path(name).name, (p.name for p in parent.glob("*")))
-        raise UserError(f"model.from: {name}: no such folder.{near}")
-    try:
-        return AutoConfig.from_pretrained(**place(where), trust_remote_code=False)
-    except Exception as error:
-        what = "no model there" if local else "neither a folder here nor readable from the hub"
-        raise UserError(f"model.from: {name}: {what}: {_told(error)}") from None
+    if find_gguf(model.place) is None:
+        if Path(model.place).is_dir():
+            check_whole_model(model.place, "model.from")
+        else:
+            hub_name(model.place, "model.from", "a model")
+    return load_config(model, "model.from")
 
 
-def _check_weights(folder: Path) -> None:
-    from .models.build import is_adapter
-
-    if is_adapter(folder):
-        raise UserError(
-            f"model.from: {folder} holds an adapter, not a whole model; make one of it first: "
-            "gradsmith export RUN FOLDER --form merged"
-        )
-    if not (folder / "config.json").is_file():
-        raise UserError(f"model.from: {folder}: no config.json there, so it is no model's folder")
-    if not any(folder.glob("*.safetensors")):
-        pickled = sorted(p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt*")))
-        if pickled:
-            raise UserError(
-                f"model.from: {folder}: its weights ({', '.join(pickled)}) are pickle files, "
-                "which can run code when they are read; only safetensors are taken. Convert them "
-                "where you trust them: AutoModelForCausalLM.from_pretrained(...)"
-                ".save_pretrained(folder)"
-            )
-        raise UserError(f"model.from: {folder}: no weights (*.safetensors) there")
+def _check_ranges(config: Any, where: str) -> None:
+    """What a model could be built from, and would be of no use or take minutes to look at."""
+    for key in ("num_hidden_layers", "num_layers", "n_layer"):
+        layers = getattr(config, key, None)
+        if isinstance(layers, int) and not 1 <= layers <= MAX_LAYERS:
+            raise UserError(f"{where}.{key}: found {layers}; allowed are 1 to {MAX_LAYERS}")
+    for key in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps"):
+        eps = getattr(config, key, None)
+        if isinstance(eps, int | float) and not 0 <= eps <= 1:
+            raise UserError(f"{where}.{key}: found {eps}; allowed are 0 to 1")
 
 
 def _check_length(recipe: Recipe, config: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import secrets
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -36,6 +37,8 @@ Overrides = Annotated[
         show_default=False,
     ),
 ]
+# What `launch --fresh` writes into the commands that it makes: they may be repeated.
+FreshOnce = Annotated[str | None, typer.Option("--fresh-once", metavar="ORDER", hidden=True)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -87,12 +90,13 @@ def train(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start over instead of resuming from the run's folder.")
     ] = False,
+    fresh_once: FreshOnce = None,
 ) -> None:
     """Pretrain or fine-tune, as the recipe says; goes on where the run stopped."""
     from .recipe import load_recipe
     from .training.loop import train
 
-    train(load_recipe(recipe, overrides or ()), fresh=fresh)
+    train(load_recipe(recipe, overrides or ()), fresh=fresh_once or fresh)
 
 
 @app.command()
@@ -145,7 +149,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.7,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.95,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
     chat: Annotated[
         bool | None,
         typer.Option(
@@ -159,18 +163,24 @@ def generate(
     from .errors import UserError
     from .evaluation.generate import generate
 
-    prompts = prompt or [sys.stdin.read()]
+    try:
+        prompts = prompt or [sys.stdin.buffer.read().decode()]
+        "".join(prompts).encode()
+    except UnicodeError as error:
+        raise UserError(f"the prompt is not UTF-8 text: {error}") from None
     if not all(prompts):
         raise UserError("the prompt is empty; give --prompt TEXT or text on standard input")
-    for text in generate(
-        str(path),
-        prompts,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        chat=chat,
-    ):
+    with contextlib.redirect_stdout(sys.stderr):  # what is said on the way is no result
+        texts = generate(
+            str(path),
+            prompts,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            chat=chat,
+        )
+    for text in texts:
         print(text)
 
 
@@ -191,7 +201,8 @@ def export(
     from .models.export import export
     from .run import Run
 
-    folder, difference = export(Run.open(run), out, form=form)
+    with contextlib.redirect_stdout(sys.stderr):  # what is said on the way is no result
+        folder, difference = export(Run.open(run), out, form=form)
     print(f"{folder}: read back, its logits differ from the run's by {difference:.1e} (relative)")
 
 
@@ -217,13 +228,16 @@ def report(
 class _LaunchCommand(TyperCommand):
     """Keeps what stands after `--` apart: it is for the engine's launcher."""
 
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return [*super().collect_usage_pieces(ctx), "[-- ENGINE OPTIONS]"]
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         cut = args.index("--") if "--" in args else len(args)
         ctx.obj = args[cut + 1 :]
         return super().parse_args(ctx, args[:cut])
 
 
-@app.command(cls=_LaunchCommand, options_metavar="[OPTIONS] ... [-- ENGINE OPTIONS]")
+@app.command(cls=_LaunchCommand)
 def launch(
     context: typer.Context,
     recipe: RecipePath,
@@ -256,6 +270,7 @@ def launch(
     ] = None,
     submit: Annotated[bool, typer.Option("--submit", help="Slurm: submit the script.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over.")] = False,
+    fresh_once: FreshOnce = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the command or script and stop.")
     ] = False,
@@ -270,7 +285,7 @@ def launch(
     job = Job(
         recipe=recipe,
         overrides=tuple(overrides or ()),
-        fresh=fresh,
+        fresh=fresh_once or (secrets.token_hex(8) if fresh else None),
         nproc=nproc,
         nnodes=nnodes,
         node_rank=node_rank,

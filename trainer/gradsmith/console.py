@@ -19,7 +19,9 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 PLAIN_EVERY = 10.0  # seconds between two plain progress lines
 
-_stream: TextIO | None = None  # where people read, while `quiet` has taken over standard output
+# Where people read, while `quiet` has taken over standard output and error.
+_stream: TextIO | None = None
+_errors: TextIO | None = None
 
 
 def is_main() -> bool:
@@ -35,14 +37,22 @@ def quiet(log: Path) -> Iterator[None]:
     writes from C++ and from child processes too. An exception leaves the block before it is shown,
     so error messages reach the terminal. May be nested.
     """
-    global _stream
-    outer = _stream
+    global _stream, _errors
+    outer, outer_errors = _stream, _errors
     log.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
-    with log.open("a") as file, os.fdopen(os.dup(1), "w", buffering=1) as terminal:
-        _stream = outer or terminal
+    try:
+        shown = os.dup(sys.stdout.fileno())  # standard error, where a command has redirected it
+    except (AttributeError, OSError, ValueError):
+        shown = os.dup(1)
+    with (
+        log.open("a") as file,
+        os.fdopen(shown, "w", buffering=1) as terminal,
+        os.fdopen(os.dup(2), "w", buffering=1) as errors,
+    ):
+        _stream, _errors = outer or terminal, outer_errors or errors
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         try:
@@ -53,13 +63,19 @@ def quiet(log: Path) -> Iterator[None]:
             for fd, original in zip((1, 2), saved, strict=True):
                 os.dup2(original, fd)
                 os.close(original)
-            _stream = outer
+            _stream, _errors = outer, outer_errors
 
 
 def say(text: str) -> None:
     """Prints a line of plain text (no markup)."""
     if is_main():
         Console(file=_stream, soft_wrap=True).print(text, markup=False, highlight=False)
+
+
+def warn(text: str) -> None:
+    """Prints a line beside the results: on standard error."""
+    if is_main():
+        print(text, file=_errors or sys.stderr)
 
 
 def show(renderable: RenderableType) -> None:
@@ -76,6 +92,14 @@ def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def bytes_in_words(value: float) -> str:
+    """1500000 -> "1.5 MB"."""
+    for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if value >= size:
+            return f"{value / size:.1f} {unit}"
+    return f"{value} B"
 
 
 class TrainingProgress:

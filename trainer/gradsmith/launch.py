@@ -22,8 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .errors import RunError, UserError
+from .checks import check_recipe
+from .errors import RunError, Stopped, UserError, one_line
+from .files import replacing
+from .reading import read_text
 from .recipe import Recipe, load_recipe
+from .run import Run, check_output
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Job:
 
     recipe: Path
     overrides: tuple[str, ...] = ()
-    fresh: bool = False
+    fresh: str | None = None  # an order to start over, which is carried out once
     nproc: int | None = None
     nnodes: int | None = None
     node_rank: int | None = None
@@ -47,8 +51,13 @@ class Job:
 
     def train_arguments(self) -> list[str]:
         """What follows `gradsmith` in each process."""
-        fresh = ["--fresh"] if self.fresh else []
-        return ["train", *fresh, str(self.recipe), *self.overrides]
+        return ["train", *self.recipe_arguments()]
+
+    def recipe_arguments(self) -> list[str]:
+        """The recipe and what is said about it."""
+        fresh = ["--fresh-once", self.fresh] if self.fresh else []
+        path = str(self.recipe)
+        return [*fresh, f"./{path}" if path.startswith("-") else path, *self.overrides]
 
 
 def launch(job: Job, *, dry_run: bool = False) -> int:
@@ -58,6 +67,7 @@ def launch(job: Job, *, dry_run: bool = False) -> int:
         UserError: the options do not go together, or the recipe is wrong.
     """
     _check_options(job)
+    _check_words(job)
     recipe = load_recipe(job.recipe, job.overrides)
     if job.slurm:
         return _slurm(job, recipe, dry_run)
@@ -78,9 +88,8 @@ def launch(job: Job, *, dry_run: bool = False) -> int:
         return 0
 
     if threads is None:
-        from .checks import check_recipe
-
-        check_recipe(recipe, world)  # DeepSpeed's launcher would let every rank say what is wrong
+        # DeepSpeed's launcher would let every rank say what is wrong.
+        check_recipe(recipe, world, fresh=bool(job.fresh))
         return subprocess.run(command).returncode
     # Without it torchrun gives each process one thread.
     os.environ.setdefault("OMP_NUM_THREADS", threads)
@@ -129,6 +138,41 @@ def _check_options(job: Job) -> None:
                 raise UserError(f"{name} goes with --slurm")
 
 
+# What an option's value is made of. Scripts, launchers and ssh are handed nothing else.
+HOST = r"[A-Za-z0-9_:][A-Za-z0-9._:-]*"
+GRAMMAR = {
+    "--master": (rf"{HOST}:\d{{1,5}}", "HOST:PORT, for example node0:29500"),
+    "--time": (r"\d+(-\d+)?(:\d+){0,2}|UNLIMITED|INFINITE", "a time, as 12:00:00 or 1-00"),
+    "--partition": (r"\w[\w.+-]*(,\w[\w.+-]*)*", "names of letters, digits and ._+-"),
+    "--sbatch": (r"(--)?[a-z][a-z0-9-]*(=.+)?", "NAME=VALUE, as gpus-per-node=8, or NAME"),
+}
+PLAIN = r"[\w@%+=:,./-]+"  # no shell finds anything to do in it
+
+
+def _check_words(job: Job) -> None:
+    """
+    Raises:
+        UserError: an option's value is not of its form, or something holds a control character.
+    """
+    values = {
+        "--master": [job.master],
+        "--time": [job.time],
+        "--partition": [job.partition],
+        "--sbatch": job.sbatch,
+        "recipe": [str(job.recipe)],
+        "override": job.overrides,
+        "--": job.engine_options,
+        "the working directory": [str(Path.cwd())],
+    }
+    for name, words in values.items():
+        pattern, expected = GRAMMAR.get(name, (".*", "one line without control characters"))
+        for word in words:
+            if word is not None and not (
+                word.isprintable() and re.fullmatch(pattern, word, re.ASCII)
+            ):
+                raise UserError(f"{name}: found {one_line(word, 80)}; expected {expected}")
+
+
 # ------------------------------------------------------------------------------ one machine, many
 
 
@@ -147,8 +191,8 @@ def torchrun_command(job: Job, nproc: int) -> list[str]:
 
 def _split_master(master: str) -> tuple[str, str]:
     host, _, port = master.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise UserError(f"--master: found {master}; expected HOST:PORT, for example node0:29500")
+    if not 0 < int(port) < 65536:
+        raise UserError(f"--master: found {master}; expected HOST:PORT, a port up to 65535")
     return host, port
 
 
@@ -162,14 +206,17 @@ def _run_torchrun(arguments: list[str]) -> int:
     for name in list(logging.Logger.manager.loggerDict):
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # what it logs is said below
+    # Before torchrun kills them, ranks may save; Slurm gives them two minutes for it.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "110")
     try:
-        torchrun.run(torchrun.parse_args(arguments))
+        parsed = torchrun.parse_args(arguments)
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and "signals_to_handle" in parsed:
+            parsed.signals_to_handle = "SIGTERM,SIGINT,SIGQUIT"  # nohup: as it was asked
+        torchrun.run(parsed)
     except ChildFailedError as error:
         _explain_failure(error)
     except SignalException as stop:
-        if stop.sigval == signal.SIGINT:
-            raise KeyboardInterrupt from None
-        return 128 + int(stop.sigval)
+        raise Stopped("; its ranks were told", int(stop.sigval)) from None
     except SystemExit as end:  # torchrun's argument parser
         if end.code:
             raise UserError("torchrun does not understand the options after --") from None
@@ -179,19 +226,27 @@ def _run_torchrun(arguments: list[str]) -> int:
 def _explain_failure(error: Any) -> NoReturn:
     """Maps a torchrun ChildFailedError to this command's end: the first reason that a rank gave,
     or the fate of a rank that died without one."""
-    told, silent = [], []
+    told: list[dict[str, Any]] = []
+    lost: list[dict[str, Any]] = []
+    silent = []
     for rank, failure in sorted(error.failures.items()):
         data = failure.error_file_data
         if "exit_code" in data:  # written by gradsmith.__main__
-            told.append(data)
+            # One that only says that another is gone does not know why.
+            (lost if data.get("lost") else told).append(data)
         elif failure.exitcode != -signal.SIGTERM:  # by which torchrun ends the others
             silent.append((rank, failure))
+    if not silent:
+        told = told or lost
     if told:
         # Ranks that fail together fail for one reason, and the lowest of them knows it best.
         first = min(data["timestamp"] for data in told)
         data = next(data for data in told if data["timestamp"] < first + 1)
         # Not the process's own exit code: torchrun may have ended it while it was ending itself.
-        raise (UserError if data["exit_code"] == 2 else RunError)(data["message"])
+        code, message = data["exit_code"], data["message"]
+        if code > 128:
+            raise Stopped(message.partition(signal.Signals(code - 128).name)[2], code - 128)
+        raise (UserError if code == 2 else RunError)(message)
     rank, failure = silent[0] if silent else error.get_first_failure()
     if failure.exitcode > 0:
         raise RunError(f"rank {rank} ended with exit code {failure.exitcode}")
@@ -228,13 +283,16 @@ def read_hostfile(path: Path) -> dict[str, int]:
     if not path.is_file():
         raise UserError(f"--hostfile: {path}: no such file; its lines are HOST slots=N")
     slots: dict[str, int] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(re.split("\r\n|\r|\n", read_text(path)), 1):
         line = line.partition("#")[0].strip()
         if not line:
             continue
-        match = re.fullmatch(r"(\S+)\s+slots=([1-9]\d*)", line)
+        match = re.fullmatch(rf"({HOST})[ \t]+slots=([1-9]\d{{0,4}})", line, re.ASCII)
         if not match:
-            raise UserError(f'{path}:{number}: found "{line}"; expected HOST slots=N')
+            raise UserError(
+                f'{path}:{number}: found "{one_line(line, 80)}"; expected HOST slots=N, where a '
+                "host is letters, digits and ._:-"
+            )
         if match[1] in slots:
             raise UserError(f"{path}:{number}: the host {match[1]} stands there twice")
         slots[match[1]] = int(match[2])
@@ -244,7 +302,26 @@ def read_hostfile(path: Path) -> dict[str, int]:
 
 
 def deepspeed_command(job: Job) -> list[str]:
-    """All processes on all machines of the hostfile, over ssh, by DeepSpeed's launcher."""
+    """All processes on all machines of the hostfile, over ssh, by DeepSpeed's launcher.
+
+    Raises:
+        UserError: a word of the command, which DeepSpeed's launcher hands to the other machines'
+            shells as it is, holds what a shell would act on.
+    """
+    words = {
+        "the working directory": [str(Path.cwd())],
+        "Python's path": [sys.executable],
+        "recipe and overrides": job.recipe_arguments(),
+        "--": [word for word in job.engine_options if not re.fullmatch(r"[\w@%+=:,./ -]+", word)],
+    }
+    for name, values in words.items():
+        for value in values:
+            if not re.fullmatch(PLAIN, value, re.ASCII):
+                raise UserError(
+                    f"--hostfile: {name}: found {one_line(value, 80)}; DeepSpeed's launcher does "
+                    "not quote it for the other machines' shells: allowed are letters, digits "
+                    "and @%+=:,./_-; write it into the recipe"
+                )
     return [
         *(sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(job.hostfile)),
         *("--quiet", "--no_local_rank", *job.engine_options),
@@ -256,21 +333,28 @@ def deepspeed_command(job: Job) -> list[str]:
 
 
 def _slurm(job: Job, recipe: Recipe, dry_run: bool) -> int:
-    recipe.training.accumulation(int(job.nnodes or 1) * int(job.nproc or 1))
+    check_recipe(
+        recipe, int(job.nnodes or 1) * int(job.nproc or 1), fresh=bool(job.fresh), here=False
+    )
     script = sbatch_script(job, recipe)
     if dry_run:
         print(script, end="")
         return 0
-    logs = Path(recipe.output) / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    path = Path(recipe.output) / "launch.sbatch"
-    path.write_text(script, encoding="utf-8")
+    check_output(recipe)
+    run, path = Run(recipe.output), Path(recipe.output) / "launch.sbatch"
+    with run.lock("results"):
+        run.logs.mkdir(exist_ok=True)
+        with replacing(path) as file:
+            file.write(script)
     if not job.submit:
         print(f"wrote {path}; submit it with: sbatch {shlex.quote(str(path))}")
         return 0
     if shutil.which("sbatch") is None:
         raise UserError(f"--submit: sbatch is not on the PATH; wrote {path}")
     return subprocess.run(["sbatch", str(path)]).returncode
+
+
+LOG = "/logs/slurm-%j.out"
 
 
 def sbatch_script(job: Job, recipe: Recipe) -> str:
@@ -280,17 +364,19 @@ def sbatch_script(job: Job, recipe: Recipe) -> str:
         f"nodes={job.nnodes}",
         "ntasks-per-node=1",
         "exclusive",
-        f"chdir={Path.cwd()}",
-        f"output={Path(recipe.output) / 'logs' / 'slurm-%j.out'}",
+        f"chdir={shlex.quote(str(Path.cwd()))}",
+        # sbatch fills in what stands behind a %
+        f"output={shlex.quote(recipe.output.rstrip('/').replace('%', '%%') + LOG)}",
         "signal=TERM@120",
     ]
     if job.time:
         directives.append(f"time={job.time}")
     if job.partition:
         directives.append(f"partition={job.partition}")
-    directives += [line.removeprefix("--") for line in job.sbatch]
-    fresh = ["--fresh"] if job.fresh else []
-    recipe_part = shlex.join([*fresh, str(job.recipe), *job.overrides])
+    for line in job.sbatch:
+        name, equals, value = line.removeprefix("--").partition("=")
+        directives.append(name + equals + (shlex.quote(value) if equals else ""))
+    recipe_part = shlex.join(job.recipe_arguments())
     engine_part = f" -- {shlex.join(job.engine_options)}" if job.engine_options else ""
     lines = [
         "#!/bin/bash",

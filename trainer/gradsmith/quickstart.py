@@ -45,14 +45,14 @@ def quickstart(fresh: bool = False, overrides: Sequence[str] = ()) -> Path:
 
     _stage(1, "prepare", "Reads the source of this Python's standard library, trains a tokenizer",
            "on it and writes the tokens.")  # fmt: skip
-    prepare(pretrain, log=say)
+    prepare(pretrain, fresh=fresh, log=say)
     _stage(2, "pretrain", "Trains a small Llama from nothing to predict the next token of that",
            "source, on gradsmith's kernels under DeepSpeed ZeRO.")  # fmt: skip
-    train(pretrain, fresh=fresh)
+    train(pretrain)
     _stage(3, "fine-tune", "Teaches it by LoRA to write a function's docstring; only the answers",
            "count in the loss.")  # fmt: skip
-    prepare(finetune, log=say)
-    train(finetune, fresh=fresh)
+    prepare(finetune, fresh=fresh, log=say)
+    train(finetune)
     _stage(4, "evaluate", "Measures both on text that neither has seen, beside compressors that",
            "saw the same bytes.")  # fmt: skip
     runs = [Run.open(pretrain.output), Run.open(finetune.output)]

@@ -8,19 +8,45 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
-from .errors import UserError, did_you_mean
+from .errors import UserError, did_you_mean, one_line
+from .files import check_apart, expand
+from .reading import describe as _describe
+from .reading import parse_yaml, read_text
 
-PositiveInt = Annotated[int, Field(gt=0)]
+PositiveInt = Annotated[int, Field(gt=0, le=10**12)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Temperature = Annotated[float, Field(ge=0, le=100)]
+SMALLEST_TEMPERATURE = 1e-3  # but for 0; logits divided by less are no numbers any more
+
+
+def _printable(value: str) -> str:
+    """What goes into commands, scripts and messages holds no line breaks and no NUL, and is a
+    path that the system takes."""
+    if not value.isprintable():
+        raise ValueError(f"found {value!r}; control characters (a line break, NUL) are refused")
+    parts = [len(part.encode(errors="replace")) for part in value.split("/")]
+    if max(parts) > 255 or sum(parts) + len(parts) > 4000:
+        raise ValueError(f"found {_describe(value)}; a path has 255 bytes in a part, 4,000 in all")
+    return value
+
+
+# A path or a hub name; `~` and `$NAME` mean the same in all of them.
+PathText = Annotated[str, AfterValidator(_printable), AfterValidator(expand)]
 
 
 class Node(BaseModel):
@@ -36,7 +62,7 @@ class Source(Node):
     """Where documents come from."""
 
     kind: Literal["text", "jsonl", "parquet", "python_stdlib", "hf_dataset"]
-    path: str | None = Field(
+    path: PathText | None = Field(
         None, description="file, folder or glob; for hf_dataset a hub name or a local folder"
     )
     text: str = Field("text", description="the column or key that holds a document's text")
@@ -83,7 +109,7 @@ class Tokenizer(Node):
     """Trained here as a byte-level BPE, or taken from a folder."""
 
     train: TokenizerTraining | None = None
-    from_: str | None = Field(None, alias="from", description="a folder with tokenizer.json")
+    from_: PathText | None = Field(None, alias="from", description="a folder with tokenizer.json")
 
     @model_validator(mode="after")
     def _one(self) -> Tokenizer:
@@ -98,7 +124,7 @@ class Clean(Node):
 
 
 class Chat(Node):
-    template: str | None = Field(
+    template: PathText | None = Field(
         None, description="a Jinja file; without it the tokenizer's own, else ChatML"
     )
     system: str | None = None
@@ -133,10 +159,28 @@ class Adapter(Node):
     )
 
 
+def _check_plain(value: Any, key: str) -> None:
+    """
+    Raises:
+        ValueError: it holds something else than text, numbers, true, false and null, in lists
+            and mappings of a few levels.
+    """
+    if isinstance(value, dict | list) and key.count(".") < 20:
+        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+            if not isinstance(name, str | int):
+                raise ValueError(f"{key}: found the key {_describe(name)}; keys are text")
+            _check_plain(item, f"{key}.{name}")
+        return
+    whole = isinstance(value, int) and -(2**63) < value < 2**63
+    number = whole or (isinstance(value, float) and not math.isnan(value))
+    if not number and not isinstance(value, str | None):
+        raise ValueError(f"{key}: found {_describe(value)}; allowed are text and numbers")
+
+
 class Model(Node):
     architecture: str | None = Field(None, description="any transformers causal-LM model type")
     config: dict[str, Any] | None = Field(None, description="keys of that type's config class")
-    from_: str | None = Field(
+    from_: PathText | None = Field(
         None,
         alias="from",
         description="a run, a folder or hub name with safetensors weights, or a GGUF file",
@@ -152,6 +196,7 @@ class Model(Node):
             raise ValueError("config goes with architecture; a model taken from brings its own")
         if self.adapter is not None and self.from_ is None:
             raise ValueError("an adapter needs a trained base: set from instead of architecture")
+        _check_plain(self.config, "config")
         return self
 
 
@@ -199,7 +244,7 @@ class Optimizer(Node):
         0.0, description="proximal L1 penalty, multiplied by lr"
     )
     betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] | None = None
-    eps: PositiveFloat | None = None
+    eps: Annotated[float, Field(ge=1e-30, allow_inf_nan=False)] | None = None
     momentum: Fraction | None = None
     nesterov: bool | None = None
     adamw_lr: PositiveFloat | None = Field(
@@ -342,8 +387,17 @@ class Generation(Node):
         3, description="samples from held-out prompts where no prompts are given"
     )
     max_new_tokens: PositiveInt = 96
-    temperature: Annotated[float, Field(ge=0)] = 0.7
+    temperature: Temperature = 0.7
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+
+    @model_validator(mode="after")
+    def _drawable(self) -> Generation:
+        if 0 < self.temperature < SMALLEST_TEMPERATURE:
+            raise ValueError(
+                f"temperature {self.temperature:g} is below {SMALLEST_TEMPERATURE:g}; "
+                "0 takes the likeliest token"
+            )
+        return self
 
 
 class Evaluation(Node):
@@ -354,9 +408,9 @@ class Evaluation(Node):
 class Recipe(Node):
     """The whole tree. `output` is the run's folder; all paths are relative to where you start."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
-    output: str
+    output: PathText
     data: Data
     model: Model
     training: Training
@@ -386,51 +440,25 @@ class Recipe(Node):
 # ------------------------------------------------------------------------------------ reading
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 3e-4 as text; every tool that users know reads it as a number."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=deep)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f'the key "{key}" stands there twice', key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
-
-
-def _parse_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)  # a SafeLoader: plain data only
-    except yaml.YAMLError as error:
-        raise UserError(f"{where}: not readable as YAML: {error}") from None
-
-
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe and applies overrides of the form `training.steps=50`.
 
     Raises:
-        UserError: naming every problem found.
+        UserError: naming every problem found; or its run's folder is the one that it lies in.
     """
+    recipe = read_recipe(path, overrides)
+    check_apart(Path(path), Path(recipe.output))
+    return recipe
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """`load_recipe` for a run's own copy, which lies in its folder."""
     path = Path(path)
     if not path.is_file():
         near = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
         hint = f" In {path.parent}/ there are: {', '.join(near)}." if near else ""
         raise UserError(f"{path}: no such recipe file.{hint}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    tree = _parse_yaml(text, str(path))
+    tree = parse_yaml(read_text(path), str(path))
     if not isinstance(tree, dict):
         raise UserError(
             f"{path}: a recipe is a mapping with {', '.join(Recipe.model_fields)}; "
@@ -464,49 +492,36 @@ def _drop_lengths(tree: dict[str, Any], overrides: Sequence[str]) -> None:
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
+    shown = one_line(override, 100)
     if not equals or not key.strip():
-        raise UserError(f'override "{override}": expected key=value, for example training.steps=50')
+        raise UserError(f'override "{shown}": expected key=value, for example training.steps=50')
     parts = key.strip().split(".")
     node: Any = tree
     for depth, part in enumerate(parts):
         here = ".".join(parts[: depth + 1])
         last = depth == len(parts) - 1
         if isinstance(node, list):
-            if not part.isdigit() or int(part) >= len(node):
+            allowed = [str(place) for place in range(len(node))]
+            if part not in allowed:
+                one = f"{len(node)} entr{'y' if len(node) == 1 else 'ies'}, 0 to {len(node) - 1}"
                 raise UserError(
-                    f'override "{override}": {here}: the list has {len(node)} entries; '
-                    f"allowed are 0 to {len(node) - 1}"
+                    f'override "{shown}": {here}: the list has {one if node else "no entries"}; '
+                    f"to add some, give the whole list: {'.'.join(parts[:depth])}=[...]"
                 )
             index: Any = int(part)
         elif isinstance(node, dict):
             index = part
         else:
             raise UserError(
-                f'override "{override}": {".".join(parts[:depth])} is {_describe(node)}, '
+                f'override "{shown}": {".".join(parts[:depth])} is {_describe(node)}, '
                 "so it has no keys under it"
             )
         if last:
-            node[index] = _parse_yaml(value, f'override "{override}"')
+            node[index] = parse_yaml(value, f'override "{shown}"')
         else:
             if isinstance(node, dict) and node.get(index) is None:
                 node[index] = {}
             node = node[index]
-
-
-def _describe(value: Any) -> str:
-    if value is None:
-        return "nothing"
-    names: dict[type, str] = {
-        bool: "true/false",
-        int: "a whole number",
-        float: "a number",
-        str: "text",
-        dict: "a mapping",
-        list: "a list",
-    }
-    shown = json.dumps(value, default=str)
-    kind = names.get(type(value), "a value")
-    return f"{kind} ({shown if len(shown) <= 60 else shown[:57] + '...'})"
 
 
 def _explain(problem: Any) -> str:

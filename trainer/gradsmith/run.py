@@ -2,16 +2,18 @@
 
 ```
 runs/NAME/
+  .gradsmith         the marker: this folder is gradsmith's (gradsmith.files)
   recipe.yaml        the recipe as resolved, defaults filled in
   provenance.json    versions, machine, git state, command line, seeds
   metrics.jsonl      a line for each logged step
   data/              what `prepare` made (gradsmith.data.prepare)
-  base/              the model at model.from, where that is a GGUF file (gradsmith.models.gguf)
+  base/              what `model.from` was when the run began (gradsmith.models.base)
   checkpoints/       step-000100/, ... (gradsmith.training.checkpoint)
   evaluation.json    what `evaluate` found
   report.html
   logs/              what the libraries below us print, a file for each rank
-  lock               held while a process writes here
+  lock               held by the process that prepares or trains
+  results.lock       held by the process that evaluates or reports
 ```
 """
 
@@ -19,20 +21,35 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from .errors import UserError
-from .recipe import Recipe, load_recipe
+from .files import (
+    MARKER,
+    SCRATCH,
+    check_ours,
+    is_data,
+    is_ours,
+    is_run,
+    mark,
+    remove,
+    replacing,
+    write_json,
+)
+from .reading import check, parse_json, read_json, read_text
+from .recipe import Recipe, read_recipe
 
 LIBRARIES = (
     "gradsmith", "torch", "triton", "numpy", "deepspeed", "transformers", "peft", "tokenizers",
@@ -40,22 +57,15 @@ LIBRARIES = (
 )  # fmt: skip
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON so that a reader sees the old file or the new one, never half of it."""
-    scratch = path.with_name(f".{path.name}.tmp")
-    with scratch.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
-
-
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not readable as JSON: {error}") from None
+# A lock's file, and what its holder writes. A run that trains may be evaluated meanwhile.
+LOCKS = {
+    "run": (
+        "lock",
+        ("data", "base", "recipe.yaml", "provenance.json", "metrics.jsonl", "checkpoints"),
+    ),
+    "results": ("results.lock", ("evaluation.json", "report.html", "launch.sbatch")),
+}
+LOGS = re.compile(r"rank-\d+\.log|evaluate\.log|generate\.log|slurm-.*\.out")
 
 
 class Run:
@@ -113,25 +123,96 @@ class Run:
         return self.folder / "logs"
 
     def recipe(self) -> Recipe:
-        return load_recipe(self.recipe_path)
+        """
+        Raises:
+            UserError: it is damaged, or was written by another version.
+        """
+        try:
+            return read_recipe(self.recipe_path)
+        except UserError as error:
+            raise UserError(
+                f"{error}\nThis is the recipe that the run keeps, damaged or of another version; "
+                "start over with --fresh, or choose another output=..."
+            ) from None
 
     def write_recipe(self, recipe: Recipe) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(recipe.dump(), sort_keys=False, allow_unicode=True)
-        self.recipe_path.write_text(text, encoding="utf-8")
+        with replacing(self.recipe_path) as file:
+            yaml.safe_dump(recipe.dump(), file, sort_keys=False, allow_unicode=True)
 
     def write_provenance(self, **more: Any) -> None:
         write_json(self.provenance_path, {**provenance(), **more})
 
-    @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Holds the folder for this process; the kernel lets go of it when the process dies.
+    # -------------------------------------------------------------------- whose the folder is
+
+    def claim(self) -> None:
+        """Makes the folder and marks it as ours; does nothing where it is already.
 
         Raises:
-            UserError: another process is writing to the folder.
+            UserError: it holds, under a name that we write, what gradsmith did not make.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "lock").open("a+") as file:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if is_run(self.folder) and (self.folder / MARKER).is_file():
+                return
+            if foreign := self._foreign():
+                raise UserError(
+                    f"output: {self.folder}: gradsmith did not make {', '.join(foreign)} there, "
+                    "and would write over it; choose a folder that is new, empty or a run's"
+                )
+            if not (self.folder / MARKER).is_file():  # another rank may have been faster
+                mark(self.folder, "run")
+        except OSError as error:
+            raise UserError(
+                f"output: {self.folder}: cannot be written to: {error.strerror}"
+            ) from None
+
+    def _foreign(self) -> list[str]:
+        """What stands in our places in a folder that has no marker, and is not ours."""
+        if is_run(self.folder):
+            return []  # of a version before the marker
+        lock = self.folder / "lock"
+        held = lock.is_file() and re.fullmatch(rb"\d*", lock.read_bytes())
+        if held and is_data(self.data):
+            return []  # the same, ended before its first step
+
+        def ours(path: Path) -> bool:
+            if path.name == "lock":
+                return bool(held)
+            if not path.is_dir():
+                return False
+            inside = list(path.iterdir())
+            if path.name == "logs":
+                return all(LOGS.fullmatch(p.name) for p in inside)
+            if path.name == "checkpoints":
+                return all(p.is_dir() and is_ours(p) for p in inside)
+            return not inside or is_ours(path)
+
+        names = [name for file, written in LOCKS.values() for name in (file, *written)]
+        found = [self.folder / name for name in (*names, "logs", MARKER)]
+        return [
+            f"{path.name}/ (with {_listing(path)})" if path.is_dir() else path.name
+            for path in found
+            if (path.exists() or path.is_symlink()) and not ours(path)
+        ]
+
+    @contextlib.contextmanager
+    def lock(self, what: Literal["run", "results"] = "run") -> Iterator[None]:
+        """Holds the folder for this process; the kernel lets go of it when the process dies.
+
+        Args:
+            what: `run` for whoever prepares or trains, `results` for whoever evaluates or reports.
+
+        Raises:
+            UserError: the folder is not ours, or another process is writing to it.
+        """
+        self.claim()
+        name, written = LOCKS[what]
+        try:
+            file = (self.folder / name).open("a+")
+        except OSError as error:
+            raise UserError(f"{self.folder / name}: cannot be opened: {error.strerror}") from None
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -144,7 +225,81 @@ class Run:
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
+            self._sweep(self.folder, written)
+            if what == "run":
+                self._sweep(self.checkpoints)
             yield
+
+    def _sweep(self, folder: Path, names: tuple[str, ...] = ()) -> None:
+        """Deletes what a crash has left half-written of what the lock's holder writes."""
+        for path in folder.glob(f".*{SCRATCH}"):
+            if not names or path.name.startswith(tuple(f".{name}." for name in names)):
+                remove(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+    def begin(self, recipe: Recipe, fresh: bool | str = False) -> None:
+        """Makes the folder the recipe's. The caller holds the lock.
+
+        Args:
+            recipe: what is prepared or trained there.
+            fresh: forget what was trained there. A text is an order that is carried out once: the
+                same text again changes nothing, so a job that is started again goes on.
+
+        Raises:
+            UserError: what was trained there is of another recipe.
+        """
+        from .training.engine import settle_precision
+        from .training.guards import check_same_run
+
+        self.claim()
+        marker = read_json(self.folder / MARKER)
+        if fresh and fresh != marker.get("fresh"):
+            with self.lock("results"):
+                self._clear()
+            if isinstance(fresh, str):
+                write_json(self.folder / MARKER, {**marker, "fresh": fresh})
+        before = self.going_on()
+        recipe = settle_precision(recipe, before)
+        if before is not None:
+            check_same_run(before, recipe, self.folder)
+        self.write_recipe(recipe)
+
+    def _clear(self) -> None:
+        """Deletes what was trained, and nothing else."""
+        if self.checkpoints.is_dir():
+            for path in self.checkpoints.iterdir():
+                check_ours(path)
+            doomed = self.folder / f".checkpoints.old{SCRATCH}"
+            remove(doomed)
+            self.checkpoints.rename(doomed)  # at once: no half of them is ever gone on from
+            remove(doomed)
+        remove(self.base)
+        for path in (self.metrics_path, self.evaluation_path, self.report_path):
+            path.unlink(missing_ok=True)
+
+    # ------------------------------------------------------------------------------ what is in it
+
+    def going_on(self) -> Recipe | None:
+        """The recipe with which training would go on here; None: it begins."""
+        return self.recipe() if self.recipe_path.is_file() and self.steps() else None
+
+    def steps(self) -> list[tuple[int, Path]]:
+        """The checkpoints' folders by step, the newest first, damaged ones too."""
+        found = []
+        if self.checkpoints.is_dir():
+            for path in self.checkpoints.iterdir():
+                match = re.fullmatch(r"step-(\d+)", path.name)
+                if match and path.is_dir():
+                    found.append((int(match[1]), path))
+        return sorted(found, reverse=True)
+
+    def trained_on(self) -> str | None:
+        """The fingerprint of the data that the checkpoints were trained on."""
+        for _, path in self.steps():
+            with contextlib.suppress(UserError, OSError):
+                state = read_json(path / "state.json")
+                if isinstance(state, dict) and isinstance(state.get("data"), str):
+                    return str(state["data"])
+        return None
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         with self.metrics_path.open("a", encoding="utf-8") as file:
@@ -154,23 +309,61 @@ class Run:
         """All rows. A last line cut off by a crash is left out; any other bad line is an error."""
         if not self.metrics_path.is_file():
             return []
-        lines = self.metrics_path.read_text(encoding="utf-8").splitlines()
+        from .shapes import MetricsRow
+
+        *lines, last = read_text(self.metrics_path).split("\n")
         rows = []
         for number, line in enumerate(lines, 1):
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                if number == len(lines):
-                    break
-                raise UserError(f"{self.metrics_path}:{number}: not readable as JSON") from None
+            where = f"{self.metrics_path}:{number}"
+            rows.append(check(parse_json(line, where), MetricsRow, where))
+        with contextlib.suppress(UserError):  # what stands behind the last end of a line
+            rows.append(check(parse_json(last, ""), MetricsRow, ""))
         return rows
 
     def rewind_metrics(self, step: int) -> None:
         """Drops the rows after `step`, so that a resumed run logs no step twice."""
         rows = [row for row in self.read_metrics() if row["step"] <= step]
-        scratch = self.metrics_path.with_suffix(".tmp")
-        scratch.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        scratch.replace(self.metrics_path)
+        with replacing(self.metrics_path) as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def check_output(recipe: Recipe) -> None:
+    """A run's folder is a place of its own: nothing that the user made is in it.
+
+    Raises:
+        UserError: it is, or holds, the home folder, or holds what the recipe reads.
+    """
+    output = Path(recipe.output)
+    for path in (output, *output.parents):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"output: {recipe.output}: {path} is a file")
+    place = output.resolve()
+    if place == Path(place.anchor) or Path("~").expanduser().resolve().is_relative_to(place):
+        raise UserError(
+            f"output: {recipe.output} is {place}, and a run's folder holds nothing else; give it "
+            "a folder of its own, for example runs/NAME"
+        )
+    data = recipe.data
+    read: dict[str, str | None] = {f"data.sources.{i}.path": s.path
+                                   for i, s in enumerate(data.sources)}  # fmt: skip
+    read["data.tokenizer.from"] = data.tokenizer.from_ if data.tokenizer else None
+    read["data.chat.template"], read["model.from"] = data.chat.template, recipe.model.from_
+    for key, text in read.items():
+        if text is None:
+            continue
+        fixed = Path(text)
+        while glob.has_magic(str(fixed)) and not fixed.exists():
+            fixed = fixed.parent
+        if fixed.exists() and fixed.resolve().is_relative_to(place):
+            raise UserError(
+                f"{key}: {text} lies in the run's own folder (output: {recipe.output}), in which "
+                "gradsmith writes and deletes; move it out, or choose another output"
+            )
+
+
+def _listing(folder: Path) -> str:
+    inside = sorted(path.name for path in folder.iterdir())
+    return ", ".join(inside[:3]) + (", ..." if len(inside) > 3 else "")
 
 
 def provenance() -> dict[str, Any]:

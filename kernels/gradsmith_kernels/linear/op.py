@@ -8,25 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsmith_kernels.backends import Implementation, Op, native
+from gradsmith_kernels.backends import Implementation, Op, native, torch_multiplies_bf16
 from gradsmith_kernels.registration import differentiable
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-# Where torch multiplies 16-bit numbers in a slow loop: its CPU code for them needs AVX512_BF16.
-SLOW_LEVELS = ("portable", "avx2", "avx512")
-
-
 class _LinearOp(Op):
     """Where nobody asks for a backend, the products are those that were measured to be faster.
 
-    That is ours for 16 bits on SLOW_LEVELS (x86; docs/log.md has the rates), else torch's.
+    On an x86 CPU: ours in bfloat16 where torch's are a slow loop, and in float16 without AMX; else
+    torch's (docs/log.md, "Linear").
     """
 
     def _default(self, device: str, dtype: torch.dtype) -> str:
-        slow = dtype in (torch.bfloat16, torch.float16) and _level(device) in SLOW_LEVELS
-        return "cpu" if slow else "reference"
+        isa = _isa(device)
+        ours = (dtype == torch.bfloat16 and not torch_multiplies_bf16()) or (
+            dtype == torch.float16 and isa != "amx"
+        )
+        return "cpu" if isa and ours else "reference"
 
 
 OP = _LinearOp(
@@ -38,10 +38,13 @@ OP = _LinearOp(
 )
 
 
-def _level(device: str) -> str | None:
+def _isa(device: str) -> str | None:
     """The instruction set of the native module on an x86 CPU, else None."""
     found = native() if device == "cpu" and platform.machine() in ("x86_64", "AMD64") else None
-    return None if found is None else found["isa"]
+    if found is None:
+        return None
+    isa: str = found["isa"]
+    return isa
 
 
 def dweight_backend(device: str, dtype: torch.dtype) -> str:
@@ -50,7 +53,7 @@ def dweight_backend(device: str, dtype: torch.dtype) -> str:
     As for the other products; and ours in bfloat16 on AMX, where torch's is slower than its own
     forward product. Its other products have no such gap, and need not be packed for.
     """
-    if dtype == torch.bfloat16 and _level(device) == "amx":
+    if dtype == torch.bfloat16 and _isa(device) == "amx":
         return "cpu"
     return OP.resolve(None, device, dtype)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import UserError
 from .document import Document, Ledger, Messages
+from .template import apply_template
 
 INSTRUCTION = "Write the docstring of this Python function."
 DOCSTRING_LENGTH = (20, 600)  # characters
@@ -108,14 +109,14 @@ def render(tokenizer: Any, messages: Messages, source: str) -> tuple[str, list[t
     Raises:
         UserError: the template fails, or shows no way to tell the answers from the rest.
     """
-    text = _apply(tokenizer, messages, source)
+    text = apply_template(tokenizer, messages, source)
     spans = []
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = _apply(tokenizer, messages[:i], source, add_generation_prompt=True)
+        before = apply_template(tokenizer, messages[:i], source, add_generation_prompt=True)
         whole = i == len(messages) - 1
-        after = text if whole else _apply(tokenizer, messages[: i + 1], source)
+        after = text if whole else apply_template(tokenizer, messages[: i + 1], source)
         if not (text.startswith(after) and after.startswith(before)):
             raise UserError(
                 f"{source}: the chat template renders message {i} differently once more messages "
@@ -126,20 +127,3 @@ def render(tokenizer: Any, messages: Messages, source: str) -> tuple[str, list[t
         end = after.rfind(tokenizer.eos_token, len(before))
         spans.append((len(before), len(after) if end < 0 else end + len(tokenizer.eos_token)))
     return text, spans
-
-
-def _apply(
-    tokenizer: Any, messages: Messages, source: str, add_generation_prompt: bool = False
-) -> str:
-    import jinja2
-
-    try:
-        rendered = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except (jinja2.TemplateError, ValueError) as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise UserError(
-            f"{source}: the chat template refuses a conversation of {roles}: {error}"
-        ) from None
-    return str(rendered)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -13,13 +12,21 @@ import numpy as np
 
 from .. import __version__
 from ..errors import UserError
-from ..models.gguf import find_gguf, unpack
+from ..files import building, check_ours, write_json
 from ..recipe import Recipe
-from ..run import Run, write_json
+from ..run import Run, check_output
 from .chat import CHATML, render
 from .clean import clean, deduplicate
 from .document import Document, Ledger
-from .shards import FORMAT, HashedFile, PreparedData, ShardWriter, file_entry
+from .shards import (
+    FORMAT,
+    TOKENIZER_FILES,
+    HashedFile,
+    PreparedData,
+    ShardWriter,
+    file_entry,
+    files_in,
+)
 from .sources import check_sources, decode, fingerprint, read
 from .split import SPLITS, assign
 from .tokenizer import (
@@ -30,41 +37,63 @@ from .tokenizer import (
     train_tokenizer,
 )
 
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja",
-)  # fmt: skip
 CHUNK = 256  # documents that are tokenised together, by several threads
 
 
-def prepare(recipe: Recipe, *, log: Callable[[str], None] = print) -> PreparedData:
+def prepare(
+    recipe: Recipe, *, fresh: bool = False, log: Callable[[str], None] = print
+) -> PreparedData:
+    """`gradsmith prepare`: makes `<output>/data/` under the run's lock; see `ensure_data`.
+
+    With `fresh`, what was trained there is forgotten first.
+
+    Raises:
+        UserError: what `ensure_data` raises; another process is writing to the run's folder; or
+            what was trained there is of another recipe.
+    """
+    check_output(recipe)
+    run = Run(recipe.output)
+    with run.lock():
+        run.begin(recipe, fresh)
+        return ensure_data(recipe, log=log)
+
+
+def ensure_data(recipe: Recipe, *, log: Callable[[str], None] = print) -> PreparedData:
     """Makes `<output>/data/`, or returns it as it is where it still fits the recipe.
 
     It fits when recipe and sources hash to what its manifest says and its files are whole.
-    Written as `data.tmp` and renamed at the end. The caller holds the run's lock.
+    Written beside its place and renamed at the end. The caller holds the run's lock.
 
     Raises:
         UserError: sources that are missing or unreadable (with file and line, row or byte), a
             share of the split that comes out empty, a tokenizer that cannot be loaded, examples
-            over length where the recipe refuses them.
+            over length where the recipe refuses them; or other data than the run's checkpoints
+            were trained on, and then the old data is left as it is.
     """
-    final = Run(recipe.output).data
-    there = _reusable(recipe, final, log)
+    run = Run(recipe.output)
+    final, trained_on = run.data, run.trained_on()
+    there = _reusable(recipe, final, trained_on, log)
     if there is not None:
         return there
-    check_sources(recipe.data)
-    scratch = final.with_name("data.tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
+    check_sources(recipe.data, log)
+    with building(final, "data") as scratch:
+        write_json(scratch / "manifest.json", _write(recipe, scratch, log))
+        if trained_on not in (None, PreparedData.open(scratch).fingerprint):
+            raise UserError(_changed(run, []))
+    return PreparedData.open(final)
+
+
+def _write(recipe: Recipe, scratch: Path, log: Callable[[str], None]) -> dict[str, Any]:
+    """Everything but the manifest, which is returned."""
     inputs = _inputs(recipe)
     ledger = Ledger()
     _collect(recipe, scratch, ledger, log)
     tokenizer = _tokenizer(recipe, scratch, ledger, log)
     splits = {name: _tokenise(recipe, scratch, name, tokenizer, ledger) for name in SPLITS}
-    _check_shares(recipe, {name: entry["documents"] for name, entry in splits.items()})
+    _check_shares(recipe, {name: entry["documents"] for name, entry in splits.items()}, ledger)
     _log_length(recipe, splits, log)
     ledger.check()
-    manifest = {
+    return {
         "format": FORMAT,
         "task": recipe.data.task,
         "data_hash": recipe.data_hash(),
@@ -75,24 +104,30 @@ def prepare(recipe: Recipe, *, log: Callable[[str], None] = print) -> PreparedDa
         "pad_id": tokenizer.pad_token_id,
         "sequence_length": recipe.data.sequence_length,
         **inputs,
-        "tokenizer": {"files": _files_in(scratch / "tokenizer", TOKENIZER_FILES)},
+        "tokenizer": {"files": files_in(scratch / "tokenizer", TOKENIZER_FILES)},
         "ledger": ledger.rows(),
         "splits": splits,
     }
-    write_json(scratch / "manifest.json", manifest)
-    old = final.with_name("data.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    scratch.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
-    return PreparedData.open(final)
+
+
+def _changed(run: Run, changed: list[str]) -> str:
+    return "\n  ".join(
+        [
+            f"{run.folder}: the sources are not what this run was trained on, and nothing was "
+            "prepared again. Put them back as they were, start over with --fresh, or choose "
+            "another output=...",
+            *changed,
+        ]
+    )
 
 
 # ------------------------------------------------------------------------------- what is there
 
 
-def _reusable(recipe: Recipe, final: Path, log: Callable[[str], None]) -> PreparedData | None:
+def _reusable(
+    recipe: Recipe, final: Path, trained_on: str | None, log: Callable[[str], None]
+) -> PreparedData | None:
+    check_ours(final)
     if not (final / "manifest.json").is_file():
         return None
     try:
@@ -101,8 +136,8 @@ def _reusable(recipe: Recipe, final: Path, log: Callable[[str], None]) -> Prepar
     except UserError as error:
         log(f"{error}; preparing again")
         return None
-    manifest = prepared.manifest
-    if manifest["data_hash"] != recipe.data_hash():
+    trained, manifest = trained_on == prepared.fingerprint, prepared.manifest
+    if not prepared.fits(recipe) and not trained:
         log("the data part of the recipe has changed: preparing again")
         return None
     try:
@@ -110,31 +145,44 @@ def _reusable(recipe: Recipe, final: Path, log: Callable[[str], None]) -> Prepar
     except UserError as error:
         log(f"{error}; going on with what was prepared from it")
         return prepared
-    if any(manifest[key] != value for key, value in inputs.items()):
+    changed = list(_differences(manifest, inputs))
+    if changed and trained:
+        raise UserError(_changed(Run(recipe.output), changed))
+    if changed:
         log("the sources have changed: preparing again")
         return None
     return prepared
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    """What was read before and is not the same now."""
+    for number, (old, new) in enumerate(zip(before["sources"], now["sources"], strict=False)):
+        if old["sha256"] != new["sha256"]:
+            yield (
+                f"data.sources.{number}: {old['files']:,} files of {old['bytes']:,} bytes before, "
+                f"{new['files']:,} of {new['bytes']:,} now ({new['path'] or new['kind']})"
+            )
+    if len(before["sources"]) != len(now["sources"]):
+        yield f"data.sources: {len(before['sources'])} before, {len(now['sources'])} now"
+    for key, what in (("tokenizer_from", "the tokenizer"), ("template_from", "the chat template")):
+        if before[key] != now[key]:
+            yield f"{what} that was taken is not the same"
 
 
 def _inputs(recipe: Recipe) -> dict[str, Any]:
     """Fingerprints of all that is read."""
     data = recipe.data
     sources = [fingerprint(s, f"data.sources.{i}") for i, s in enumerate(data.sources)]
-    place, template = _tokenizer_place(recipe), data.chat.template
+    place, template = tokenizer_place(recipe), data.chat.template
     return {
         "sources": sources,
-        "tokenizer_from": _files_in(Path(place[0]), TOKENIZER_FILES) if place else None,
+        "tokenizer_from": files_in(Path(place[0]), TOKENIZER_FILES) if place else None,
         "template_from": file_entry(_template_file(template)) if template else None,
     }
 
 
-def _files_in(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Name -> {bytes, sha256} of those of the files that are there."""
-    return {name: file_entry(folder / name) for name in names if (folder / name).is_file()}
-
-
 def _template_file(template: str) -> Path:
-    path = Path(template).expanduser()
+    path = Path(template)
     if not path.is_file():
         raise UserError(f"data.chat.template: no file {template} (from {Path.cwd()})")
     return path
@@ -162,7 +210,7 @@ def _collect(recipe: Recipe, scratch: Path, ledger: Ledger, log: Callable[[str],
             file.close()
     what = "documents" if data.task == "language_modeling" else "conversations"
     log(f"{what}: " + ", ".join(f"{name} {n:,}" for name, n in counts.items()))
-    _check_shares(recipe, counts)
+    _check_shares(recipe, counts, ledger)
 
 
 def _spool(scratch: Path, name: str) -> Path:
@@ -175,11 +223,11 @@ def _read_spool(scratch: Path, name: str) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
-def _check_shares(recipe: Recipe, counts: dict[str, int]) -> None:
+def _check_shares(recipe: Recipe, counts: dict[str, int], ledger: Ledger) -> None:
     """Every split that the recipe asks for has a document.
 
     Raises:
-        UserError: with the counts.
+        UserError: with the counts, and why documents were dropped.
     """
     shares = recipe.data.split
     wanted = {"train": True, "validation": shares.validation > 0, "test": shares.test > 0}
@@ -188,17 +236,20 @@ def _check_shares(recipe: Recipe, counts: dict[str, int]) -> None:
         return
     found = ", ".join(f"{name} {n}" for name, n in counts.items())
     where, advice = "data.sources", "give more data, or check data.clean and data.chat.over_length"
-    if empty != ["train"]:
+    if "train" not in empty:
         held_out = next(name for name in empty if name != "train")
         where = f"data.split.{held_out}"
         advice = "give more documents, a larger share, or 0 to go without"
-    raise UserError(f"{where}: nothing is left for {' and '.join(empty)} ({found}); {advice}")
+    dropped = [row for row in ledger.rows() if row["what"] == "dropped"]
+    why = "; ".join(f"{row['documents']} {row.get('reason', '')}" for row in dropped)
+    told = f"{found}; dropped: {why}" if why else found
+    raise UserError(f"{where}: nothing is left for {' and '.join(empty)} ({told}); {advice}")
 
 
 # -------------------------------------------------------------------------------- the tokenizer
 
 
-def _tokenizer_place(recipe: Recipe) -> tuple[str, str] | None:
+def tokenizer_place(recipe: Recipe) -> tuple[str, str] | None:
     """(folder or hub name, the recipe's key) of a tokenizer that is taken and not trained."""
     settings = recipe.data.tokenizer
     if settings is not None and settings.train is not None:
@@ -206,14 +257,12 @@ def _tokenizer_place(recipe: Recipe) -> tuple[str, str] | None:
     key, path = "model.from", recipe.model.from_
     if settings is not None:
         key, path = "data.tokenizer.from", settings.from_
-    elif file := find_gguf(str(path)):
-        path = str(unpack(file, Run(recipe.output).base))
     assert path is not None  # the recipe has one of them
     return find_tokenizer(path, key), key
 
 
 def _tokenizer(recipe: Recipe, scratch: Path, ledger: Ledger, log: Callable[[str], None]) -> Any:
-    place = _tokenizer_place(recipe)
+    place = tokenizer_place(recipe)
     if place is not None:
         tokenizer = load_tokenizer(*place)
     else:

@@ -15,15 +15,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import UserError
-from ..run import read_json
+from ..files import sha256
+from ..reading import check, parse_json, read_json
+from ..shapes import DataManifest
+
+if TYPE_CHECKING:
+    from ..recipe import Recipe
 
 FORMAT = "gradsmith-data-1"
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja",
+)  # fmt: skip
 
 
 class HashedFile:
@@ -46,11 +56,20 @@ class HashedFile:
 def file_entry(path: Path) -> dict[str, Any]:
     """A file's {bytes, sha256}."""
     try:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            return {"bytes": file.tell(), "sha256": digest}
+        return {"bytes": path.stat().st_size, "sha256": sha256(path)}
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def files_in(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Name -> {bytes, sha256} of those of the files that are there."""
+    return {name: file_entry(folder / name) for name in names if (folder / name).is_file()}
+
+
+def fingerprint_of(files: dict[str, dict[str, Any]]) -> str:
+    """One hash over files: equal means the same names and the same bytes."""
+    digests = {path: entry["sha256"] for path, entry in files.items()}
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
 class ShardWriter:
@@ -130,17 +149,30 @@ class PreparedData:
         found = manifest.get("format") if isinstance(manifest, dict) else None
         if found != FORMAT:
             raise UserError(f'{path}: format "{found}"; this version reads "{FORMAT}"')
-        return cls(Path(folder), manifest)
+        return cls(Path(folder), check(manifest, DataManifest, str(path)))
 
     @property
     def task(self) -> str:
         return str(self.manifest["task"])
 
+    def fits(self, recipe: Recipe) -> bool:
+        """Whether the recipe's data part is the one that this was made from."""
+        return bool(self.manifest["data_hash"] == recipe.data_hash())
+
     @property
     def fingerprint(self) -> str:
         """One hash over all files: equal means the same tokens, splits and tokenizer."""
-        files = {path: entry["sha256"] for path, entry in self._files().items()}
-        return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+        return fingerprint_of(self._files())
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        """One hash over the tokenizer's files."""
+        return fingerprint_of(self.manifest["tokenizer"]["files"])
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """The tokenizer's files, by name."""
+        folder = self.folder / "tokenizer"
+        return {name: (folder / name).read_bytes() for name in self.manifest["tokenizer"]["files"]}
 
     def _files(self) -> dict[str, dict[str, Any]]:
         """Path inside the folder -> {bytes, sha256}."""
@@ -149,13 +181,17 @@ class PreparedData:
             files |= {f"{name}/{k}": v for k, v in split["files"].items()}
         return files
 
-    def verify(self) -> None:
-        """Compares every file's size and SHA-256 with the manifest.
+    def verify(self, *splits: str) -> None:
+        """Compares the size and SHA-256 of the tokenizer's and the splits' files (by default of
+        all splits) with the manifest.
 
         Raises:
             UserError: naming the first file that is missing or differs.
         """
+        wanted = ("tokenizer", *(splits or self.manifest["splits"]))
         for name, entry in self._files().items():
+            if name.partition("/")[0] not in wanted:
+                continue
             path = self.folder / name
             if not path.is_file():
                 raise UserError(f"{path}: missing, though the manifest lists it")
@@ -190,7 +226,7 @@ class PreparedData:
         if not path.is_file():
             raise UserError(f"{path}: raw documents are kept for validation and test only")
         with path.open(encoding="utf-8") as lines:
-            return [json.loads(line) for line in lines]
+            return [parse_json(line, f"{path}:{n}") for n, line in enumerate(lines, 1)]
 
     def _check(self, name: str) -> None:
         there = [k for k, split in self.manifest["splits"].items() if split["documents"]]

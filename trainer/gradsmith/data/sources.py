@@ -7,22 +7,26 @@ cannot be read is an error that names the file and the line, row or byte, never 
 from __future__ import annotations
 
 import ast
+import fnmatch
 import glob
 import hashlib
 import io
-import json
 import os
 import sys
 import sysconfig
 import tokenize
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError, did_you_mean
+from ..errors import UserError, did_you_mean, one_line
+from ..files import OurFolders
+from ..hub import hub_name
+from ..reading import parse_json, reading
 from ..recipe import Data, Source
 from .chat import docstring_pairs, prompt_of
 from .document import Document, Ledger, Messages, content_digest
@@ -30,12 +34,17 @@ from .shards import file_entry
 
 SUFFIXES = {"text": "", "jsonl": ".jsonl", "parquet": ".parquet"}
 SMALLEST_BLOCK = 1024  # bytes; see `_blocks`
+DATASET_KINDS = ("text", "csv", "json", "parquet", "arrow")
 STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "__pycache__"}
 STDLIB_TESTS = {"test", "tests", "idle_test"}
 
 
-def check_sources(data: Data) -> None:
+def check_sources(data: Data, log: Callable[[str], None] | None = None) -> None:
     """What can be known without reading: the task goes with the sources, and they exist.
+
+    Args:
+        data: what the recipe says.
+        log: is told which of our own folders among the sources are left out.
 
     Raises:
         UserError: naming the key.
@@ -55,7 +64,14 @@ def check_sources(data: Data) -> None:
                         "which reads the key that `text` names"
                     )
         if source.kind in SUFFIXES:
-            files_of(source, where)
+            _, *left_out = _find(source, where)
+            whys = ("since gradsmith wrote it", "since links to folders are not followed")
+            for why, folders in zip(whys, left_out, strict=True):
+                if folders and log:
+                    names = ", ".join(str(folder) for folder in sorted(folders))
+                    log(f"{where}.path: left out, {why}: {names}")
+        elif source.kind == "hf_dataset":
+            _check_dataset(Path(str(source.path)), where)
 
 
 def read(data: Data, ledger: Ledger) -> Iterator[Document]:
@@ -112,26 +128,122 @@ def _name(source: Source) -> str:
 def files_of(source: Source, where: str) -> list[Path]:
     """The files that a path means: itself, all of a folder's (recursively), or a glob's matches.
 
+    What is in a run's folder, or in another that gradsmith made, is never among them: a run that
+    read what `prepare` wrote would train on the text that it holds out.
+
     Raises:
-        UserError: there are none.
+        UserError: there are none, or the path is within a folder of ours.
     """
+    return _find(source, where)[0]
+
+
+def _find(source: Source, where: str) -> tuple[list[Path], set[Path], set[Path]]:
+    """The files, the folders of ours that were left out, and the linked ones that were."""
     assert source.path is not None
     suffix = SUFFIXES[source.kind]
-    path = Path(source.path).expanduser()
+    path, around = Path(source.path), OurFolders().around
+    fixed = path
+    while glob.has_magic(str(fixed)) and not fixed.exists():
+        fixed = fixed.parent
+    _check_not_ours(fixed, around, where)
     if path.is_file():
-        return [path]
+        return [path], set(), set()
+    linked: set[Path] = set()
     if path.is_dir():
-        found = [file for file in path.rglob(f"*{suffix}") if file.is_file()]
-        found = [f for f in found if not any(p.startswith(".") for p in f.relative_to(path).parts)]
+        found = list(_walk(path, suffix, linked))
         what = f"files{f' that end in {suffix}' if suffix else ''} in the folder {source.path}"
     else:
-        found = [Path(match) for match in glob.glob(str(path), recursive=True)]
-        found = [file for file in found if file.is_file()]
+        start = Path(path.anchor)
+        matches = _matches(start, path.relative_to(start).parts, linked)
+        found = [file for file in dict.fromkeys(matches) if file.is_file()]
         is_glob = glob.has_magic(str(path))
         what = f"files match {source.path}" if is_glob else f"file or folder {source.path}"
-    if not found:
-        raise UserError(f"{where}.path: no {what} (from {Path.cwd()})")
-    return sorted(found)
+    resolved = cache(Path.resolve)  # of folders, in which there are many files
+    kept, ours = [], set()
+    for file in found:
+        folder = around(file.resolve().parent if file.is_symlink() else resolved(file.parent))
+        if folder is None:
+            kept.append(file)
+        else:
+            ours.add(folder)
+    if not kept:
+        besides = f" besides those that gradsmith wrote to {min(ours)}" if ours else ""
+        raise UserError(f"{where}.path: no {what}{besides} (from {Path.cwd()})")
+    return sorted(kept), ours, linked
+
+
+def _walk(root: Path, suffix: str, linked: set[Path]) -> Iterator[Path]:
+    """The files below a folder that end in `suffix`; hidden ones left out."""
+    for folder in _folders(root, linked):
+        for path in _inside(folder):
+            if path.name.endswith(suffix) and not path.name.startswith(".") and path.is_file():
+                yield path
+
+
+def _folders(root: Path, linked: set[Path]) -> Iterator[Path]:
+    """A folder and all below it. Hidden ones are left out, and linked ones, which may lead in
+    circles or out of what was named; those are noted."""
+    yield root
+    for path in _inside(root):
+        if path.name.startswith(".") or not path.is_dir():
+            continue
+        if path.is_symlink():
+            linked.add(path)
+        else:
+            yield from _folders(path, linked)
+
+
+def _matches(folder: Path, parts: Sequence[str], linked: set[Path]) -> Iterator[Path]:
+    """What a glob's parts match below a folder, by the same rules: `**` follows no links."""
+    if not parts:
+        yield folder
+        return
+    first, rest = parts[0], parts[1:]
+    if first == "**":
+        for below in _folders(folder, linked):
+            yield from _matches(below, rest or ("*",), linked)
+    elif glob.has_magic(first):
+        for path in _inside(folder) if folder.is_dir() else ():
+            hidden = path.name.startswith(".") and not first.startswith(".")
+            if not hidden and fnmatch.fnmatchcase(path.name, first):
+                yield from _matches(path, rest, linked)
+    elif (folder / first).exists():
+        yield from _matches(folder / first, rest, linked)
+
+
+def _inside(folder: Path) -> list[Path]:
+    """
+    Raises:
+        UserError: the folder cannot be read: nothing of it is left out in silence.
+    """
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read: {error.strerror}") from None
+
+
+def _check_not_ours(path: Path, around: Callable[[Path], Path | None], where: str) -> None:
+    place = path.resolve()
+    folder = around(place if place.is_dir() else place.parent)
+    if folder is not None:
+        raise UserError(
+            f"{where}.path: {path} lies in {folder}, which gradsmith wrote: held-out text of a run "
+            "is in it. Sources are files of your own; copy what you want to use out of there"
+        )
+
+
+def _check_dataset(root: Path, where: str) -> None:
+    """
+    Raises:
+        UserError: a local dataset is in a folder of ours, or has one in it, which the library
+            that reads it would not leave out.
+    """
+    if not root.is_dir():
+        hub_name(str(root), f"{where}.path", "a dataset")
+    else:
+        around = OurFolders().around
+        for folder, _, _ in os.walk(root):
+            _check_not_ours(Path(folder), around, where)
 
 
 def fingerprint(source: Source, where: str) -> dict[str, Any]:
@@ -144,7 +256,7 @@ def fingerprint(source: Source, where: str) -> dict[str, Any]:
         files = [file for file in _stdlib_files() if not _is_test(file)]
     elif source.kind == "hf_dataset":
         assert source.path is not None
-        root = Path(source.path).expanduser()
+        root = Path(source.path)
         files = sorted(f for f in root.rglob("*") if f.is_file()) if root.is_dir() else []
     else:
         root, files = None, files_of(source, where)
@@ -191,7 +303,7 @@ def _texts(source: Source, where: str) -> Iterator[Document]:
     """A folder's or glob's files are a document each; one named file is a corpus, in blocks."""
     assert source.path is not None
     files = files_of(source, where)
-    if Path(source.path).expanduser().is_file():
+    if Path(source.path).is_file():
         for number, block in enumerate(_blocks(_lines(files[0]))):
             yield Document(str(files[0]), block, follows=number > 0)
     else:
@@ -251,14 +363,7 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
         if not line.strip():
             continue
         at = f"{file}:{number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{at}: not readable as JSON: {error.msg} at column {error.colno}"
-            ) from None
-        except (ValueError, RecursionError) as error:  # a number of 5000 digits, 1000 brackets
-            raise UserError(f"{at}: not readable as JSON: {error}") from None
+        row = parse_json(line, at)
         if not isinstance(row, dict):
             raise UserError(f"{at}: each line is a JSON object; found {_kind(row)}")
         yield row, at
@@ -268,7 +373,7 @@ def _parquet_rows(file: Path, columns: list[str]) -> Iterator[tuple[dict[str, An
     import pyarrow
     import pyarrow.parquet
 
-    try:
+    with reading(str(file), "not readable as Parquet"):
         table = pyarrow.parquet.ParquetFile(file)
         names = table.schema_arrow.names
         for column in columns:
@@ -278,8 +383,6 @@ def _parquet_rows(file: Path, columns: list[str]) -> Iterator[tuple[dict[str, An
             for row in batch.to_pylist():
                 number += 1
                 yield row, f"{file}:row {number}"
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{file}: not readable as Parquet: {error}") from None
 
 
 def _dataset_rows(source: Source, where: str) -> Iterator[tuple[dict[str, Any], str]]:
@@ -287,9 +390,12 @@ def _dataset_rows(source: Source, where: str) -> Iterator[tuple[dict[str, Any], 
 
     datasets.disable_progress_bars()
     assert source.path is not None
-    path = Path(source.path).expanduser()
+    path = Path(source.path)
+    name = str(path.resolve())  # a name alone might be that of one of the library's readers
+    if not path.is_dir():
+        name = hub_name(source.path, f"{where}.path", "a dataset")
     saved = any((path / n).is_file() for n in ("dataset_info.json", "dataset_dict.json"))
-    try:
+    with reading(f"{where}.path", f"cannot load the dataset {source.path}"):
         if saved:
             found = datasets.load_from_disk(str(path))
             if isinstance(found, datasets.DatasetDict):
@@ -300,11 +406,34 @@ def _dataset_rows(source: Source, where: str) -> Iterator[tuple[dict[str, Any], 
                     )
                 found = found[source.split]
         else:
-            found = datasets.load_dataset(source.path, split=source.split, streaming=True)
+            builder = datasets.load_dataset_builder(name)
+            _check_builder(builder, path.resolve() if path.is_dir() else None, name, where)
+            found = builder.as_streaming_dataset(split=source.split)
         for number, row in enumerate(found, 1):
             yield row, f"{source.path}:{source.split}:row {number}"
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"{where}.path: cannot load the dataset {source.path}: {error}") from None
+
+
+def _check_builder(builder: Any, folder: Path | None, name: str, where: str) -> None:
+    """
+    Raises:
+        UserError: a dataset's card names files that are not its own, or files that are read by
+            other code than that for text, CSV, JSON, Parquet and Arrow.
+    """
+    kind = type(builder).__module__.rpartition(".")[2]
+    if kind not in DATASET_KINDS:
+        raise UserError(
+            f"{where}.path: {name} is read as {kind}; allowed are {', '.join(DATASET_KINDS)}"
+        )
+    for files in (builder.config.data_files or {}).values():
+        for file in map(str, files):
+            if folder is None:
+                own = file.startswith(f"hf://datasets/{name}@")
+            else:
+                own = "://" not in file and Path(file).resolve().is_relative_to(folder)
+            if not own:
+                raise UserError(
+                    f"{where}.path: {name} names a file that is not its own: {one_line(file)}"
+                )
 
 
 def _document(row: dict[str, Any], at: str, source: Source, task: str) -> Document:

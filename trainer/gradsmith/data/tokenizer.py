@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import UserError
+from ..hub import hub_name
+from ..models.gguf import find_gguf
+from ..models.gguf import place as gguf_place
+from ..reading import reading
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 CHAT_TOKENS = ["<|im_start|>", "<|im_end|>"]  # there from the start: fine-tuning adds no ids
@@ -35,7 +40,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Any:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    bpe.train_from_iterator(texts, trainer)
+    _interruptible(lambda: bpe.train_from_iterator(texts, trainer))
     bpe.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A",
         pair=f"{BOS} $A {BOS} $B",
@@ -51,6 +56,23 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Any:
     )
 
 
+def _interruptible(work: Callable[[], object]) -> None:
+    """Runs `work` on another thread: Rust does not look for signals, and this thread does."""
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
+
+
 def find_tokenizer(path: str, key: str) -> str:
     """Where the tokenizer is: in a folder, a run, a checkpoint or its model folder, or on the hub.
 
@@ -61,11 +83,11 @@ def find_tokenizer(path: str, key: str) -> str:
     Raises:
         UserError: there is none.
     """
-    folder = Path(path).expanduser()
+    folder = Path(path)
+    if find_gguf(folder):
+        return path
     if not folder.exists():
-        if path.count("/") <= 1 and not path.startswith((".", "/", "~")):
-            return path  # a hub name
-        raise UserError(f"{key}: no folder {path} (from {Path.cwd()})")
+        return hub_name(path, key, "a tokenizer")
     inside = [folder, folder / "tokenizer", folder / "model", folder / "data" / "tokenizer"]
     # runs/NAME/checkpoints/step-000100[/model]: the run's own
     run = [parent / "data" / "tokenizer" for parent in folder.resolve().parents[:3]]
@@ -86,10 +108,8 @@ def load_tokenizer(place: str, key: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-    except Exception as error:  # whatever a broken folder or an unreachable hub leads to
-        raise UserError(f"{key}: cannot load a tokenizer from {place}: {error}") from None
+    with reading(key, f"cannot load a tokenizer from {place}"):
+        tokenizer = AutoTokenizer.from_pretrained(**gguf_place(place), trust_remote_code=False)
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"{key}: {place} holds a {type(tokenizer).__name__} without tokenizer.json")
     if tokenizer.eos_token is None:

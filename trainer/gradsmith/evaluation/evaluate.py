@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..console import quiet
-from ..run import Run, read_json, write_json
+from ..errors import UserError
+from ..files import read_json, write_json
+from ..run import Run
 from .generate import Prompt, complete, encode_prompt, encode_text
 
 if TYPE_CHECKING:
     from ..data.shards import PreparedData
+    from ..models.base import Model
     from ..recipe import Recipe
 
 ROUGE_PAIRS = 32
@@ -36,29 +39,50 @@ def evaluate(run: Run | str | Path, *, split: str = "test") -> dict[str, Any]:
         generation: how the samples were drawn.
 
     Raises:
-        UserError: no such run, a split that is not held out or is empty, nothing trained yet.
+        UserError: no such run, a split that is not held out or is empty, nothing trained yet; or
+            the data is not what the model was trained on, or damaged.
     """
     run = run if isinstance(run, Run) else Run.open(run)
-    with quiet(run.logs / "evaluate.log"):
+    with run.lock("results"), quiet(run.logs / "evaluate.log"):
         result = _evaluate(run, split)
-    write_json(run.evaluation_path, result)
+        write_json(run.evaluation_path, result)
     return result
 
 
 def _evaluate(run: Run, split: str) -> dict[str, Any]:
     from ..data.shards import PreparedData
-    from ..models.build import load_for_inference, resolve_base
+    from ..models.base import open_model
 
     recipe = run.recipe()
     prepared = PreparedData.open(run.data)
     documents = prepared.held_out(split)  # before the model: a wrong split is said at once
-    folder = resolve_base(run.folder)
-    model, tokenizer = load_for_inference(folder)
+    with open_model(run.folder) as found:
+        assert found.checkpoint is not None
+        if read_json(found.checkpoint / "state.json")["data"] != prepared.fingerprint:
+            raise UserError(
+                f"{run.data}: is not the data that {found.checkpoint} was trained on, so nothing "
+                "in it is held out; train again with --fresh, or prepare the old data again"
+            )
+        prepared.verify(split, *(["train"] if recipe.evaluation.yardsticks else []))
+        return _results(run, recipe, prepared, split, documents, found)
+
+
+def _results(
+    run: Run,
+    recipe: Recipe,
+    prepared: PreparedData,
+    split: str,
+    documents: Sequence[dict[str, Any]],
+    found: Model,
+) -> dict[str, Any]:
+    from ..models.build import load_for_inference
+
+    model, tokenizer = load_for_inference(found)
     asked, scored = _questions(tokenizer, recipe, documents)
     measure = functools.partial(_measure, tokenizer, recipe, prepared, split, asked, scored)
     metrics, outputs = measure(model)
     base = base_outputs = None
-    with _base(model, recipe) as base_model:
+    with _base(model, run, recipe) as base_model:
         if base_model is not None:
             base, base_outputs = measure(base_model)
     samples = [
@@ -73,7 +97,7 @@ def _evaluate(run: Run, split: str) -> dict[str, Any]:
     generation = recipe.evaluation.generation
     return {
         "split": split,
-        "step": int(read_json(Path(folder).parent / "state.json")["step"]),
+        "step": found.step,
         "task": prepared.task,
         "metrics": metrics,
         "base": base,
@@ -160,9 +184,10 @@ def _encode(tokenizer: Any, recipe: Recipe, question: Prompt) -> list[int]:
 
 
 @contextlib.contextmanager
-def _base(model: Any, recipe: Recipe) -> Iterator[Any]:
+def _base(model: Any, run: Run, recipe: Recipe) -> Iterator[Any]:
     """What a fine-tuned model started from; None for one trained from nothing."""
-    from ..models.build import base_of, load_for_inference
+    from ..models.base import base_of, check_base, is_base
+    from ..models.build import load_for_inference
 
     if recipe.model.from_ is None:
         yield None
@@ -170,7 +195,9 @@ def _base(model: Any, recipe: Recipe) -> Iterator[Any]:
         with model.disable_adapter():
             yield model
     else:
-        yield load_for_inference(base_of(recipe))[0]
+        if is_base(run.base):
+            check_base(run.base)
+        yield load_for_inference(base_of(run, recipe))[0]
 
 
 def _yardsticks(recipe: Recipe, prepared: PreparedData, split: str) -> dict[str, Any]:
@@ -269,8 +296,8 @@ def format_evaluation(result: dict[str, Any]) -> Any:
     model, base = result["metrics"], result.get("base")
     rouge = "rouge_l" in model
     table = Table(
-        title=f"{result['split']} split: {model['target_tokens']:,} target tokens, "
-        f"{model['bytes']:,} bytes",
+        title=f"step {result['step']}, {result['split']} split: "
+        f"{model['target_tokens']:,} target tokens, {model['bytes']:,} bytes",
         title_justify="left",
     )
     table.add_column("")

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..console import quiet
-from ..errors import UserError
+from ..data.template import apply_template
+from ..errors import RunError, UserError
+from ..recipe import SMALLEST_TEMPERATURE
 
 Prompt = str | list[dict[str, str]]
 """Text to continue or to answer, or a conversation as a list of {"role", "content"}."""
@@ -41,19 +43,30 @@ def generate(
     Raises:
         UserError: no model there, a prompt too long for it, or chat without a template.
     """
+    from ..models.base import open_model
     from ..models.build import load_for_inference
     from ..run import Run
 
     if not prompts:
         raise UserError("generate: no prompt given; pass at least one text")
+    if not (temperature == 0 or SMALLEST_TEMPERATURE <= temperature <= 100):
+        raise UserError(
+            f"temperature: found {temperature:g}; allowed are 0, which takes the likeliest token, "
+            f"and {SMALLEST_TEMPERATURE:g} to 100"
+        )
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p: found {top_p:g}; allowed are shares above 0, up to 1")
     run, system = Run(path), None
     is_run = run.recipe_path.is_file()
     if is_run:
         data = run.recipe().data
         chat = data.task == "chat" if chat is None else chat
         system = data.chat.system
-    with quiet(run.logs / "generate.log" if is_run else Path(os.devnull)):
-        model, tokenizer = load_for_inference(path)
+    with (
+        open_model(path) as found,
+        quiet(run.logs / "generate.log" if is_run else Path(os.devnull)),
+    ):
+        model, tokenizer = load_for_inference(found)
         if chat is None:
             chat = tokenizer.chat_template is not None
         ids = [encode_prompt(tokenizer, prompt, chat=chat, system=system) for prompt in prompts]
@@ -81,8 +94,8 @@ def encode_prompt(
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if system is not None and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    return list(ids)
+    text = apply_template(tokenizer, messages, "prompt", add_generation_prompt=True)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
@@ -149,12 +162,17 @@ def complete(
                     use_cache=True,
                     **(sampling if temperature > 0 else {"do_sample": False}),
                 )
-                with torch.no_grad():
-                    out = model.generate(
-                        input_ids=ids.to(device),
-                        attention_mask=mask.to(device),
-                        generation_config=config,
-                    )
+                try:
+                    with torch.no_grad():
+                        out = model.generate(
+                            input_ids=ids.to(device),
+                            attention_mask=mask.to(device),
+                            generation_config=config,
+                        )
+                except RuntimeError as error:
+                    if "probability tensor contains" not in str(error):
+                        raise
+                    raise RunError("the model's logits are not finite: nothing to draw") from None
                 for i, row in zip(batch, out.tolist(), strict=True):
                     texts[i] = tokenizer.decode(
                         row[longest:], skip_special_tokens=True, clean_up_tokenization_spaces=False

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..errors import UserError
+from ..hub import hub_name
+from ..reading import reading
 from ..recipe import Recipe
-from ..run import Run, read_json
-from ..training.checkpoint import newest_checkpoint
-from .gguf import find_gguf, place, unpack
+from ..run import Run
+from .base import Model, adapter_base, base_of, open_model
+from .folder import check_weights, check_whole_model, is_adapter, load_config
+from .gguf import find_gguf, forget_quantization, place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,44 +23,6 @@ if TYPE_CHECKING:
     from ..data.shards import PreparedData
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
-
-
-def resolve_base(name: str | Path) -> str:
-    """The model folder that a name stands for.
-
-    Args:
-        name: a run's folder (its newest checkpoint counts), a checkpoint's folder, a folder that
-            transformers or peft wrote, or a hub name, which is returned as it is.
-
-    Raises:
-        UserError: a run without a checkpoint.
-    """
-    folder = Path(name)
-    if (folder / "recipe.yaml").is_file():
-        checkpoint = newest_checkpoint(Run(folder).checkpoints)
-        if checkpoint is None:
-            raise UserError(f"{name}: this run has no checkpoint yet; train it first")
-        folder = checkpoint
-    if (folder / "model").is_dir() and (folder / "state.json").is_file():
-        folder = folder / "model"
-    return str(folder) if folder.is_dir() else str(name)
-
-
-def base_of(recipe: Recipe) -> str:
-    """The folder or hub name of the model at `model.from`.
-
-    A GGUF file is unpacked into the run's folder, once.
-
-    Raises:
-        UserError: as `resolve_base`, `find_gguf` and `unpack`.
-    """
-    name = str(recipe.model.from_)
-    file = find_gguf(name)
-    return resolve_base(name) if file is None else str(unpack(file, Run(recipe.output).base))
-
-
-def is_adapter(folder: str | Path) -> bool:
-    return (Path(folder) / "adapter_config.json").is_file()
 
 
 def build_model(
@@ -74,15 +40,15 @@ def build_model(
     """
     dtype = DTYPES[recipe.training.precision]
     weights = checkpoint / "model" if checkpoint else None
-    tokenizer = data.tokenizer()
+    tokenizer, run = data.tokenizer(), Run(recipe.output)
     torch.manual_seed(recipe.seed)
     adapter = recipe.model.adapter
     if adapter is not None:
-        base = _load(base_of(recipe), dtype)
+        base = _load(base_of(run, recipe), dtype)
         _check_vocabulary(base, recipe, tokenizer)
         model = _attach_adapter(base, recipe, weights)
     elif weights is not None or recipe.model.from_ is not None:
-        model = _load(str(weights or base_of(recipe)), dtype)
+        model = _load(Model(str(weights)) if weights else base_of(run, recipe), dtype)
         _check_vocabulary(model, recipe, tokenizer)
     else:
         model = _from_config(recipe, tokenizer, dtype)
@@ -92,33 +58,34 @@ def build_model(
 
 
 def load_for_inference(
-    path: str | Path, *, kernels: bool = True
+    path: str | Path | Model, *, kernels: bool = True
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model to evaluate or to generate with, and its tokenizer.
 
     Args:
-        path: anything that `resolve_base` takes, or a GGUF file; an adapter is put on its base.
+        path: anything that `open_model` takes, or what it found; an adapter is put on its base.
         kernels: whether our kernels go under it.
 
     Raises:
-        UserError: there is no model.
+        UserError: there is no model, or it is damaged.
     """
     from transformers import AutoTokenizer
 
-    folder = resolve_base(path)
-    if is_adapter(folder):
-        base = read_json(Path(folder) / "adapter_config.json")["base_model_name_or_path"]
-        from peft import PeftModel
+    with contextlib.ExitStack() as stack:
+        found = path if isinstance(path, Model) else stack.enter_context(open_model(path))
+        folder, revision = found.place, found.revision
+        if is_adapter(folder):
+            from peft import PeftModel
 
-        model: Any = PeftModel.from_pretrained(
-            _load(base, None), folder, autocast_adapter_dtype=False
-        )
-    else:
-        model = _load(folder, None)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(**place(folder), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: no tokenizer can be read there: {error}") from None
+            base = _load(adapter_base(Path(folder)), None, f"{folder}: its base")
+            with reading(folder, "no adapter can be read there"):
+                model: Any = PeftModel.from_pretrained(base, folder, autocast_adapter_dtype=False)
+        else:
+            model = _load(found, None, str(found.place))
+        with reading(folder, "no tokenizer can be read there"):
+            tokenizer = AutoTokenizer.from_pretrained(
+                **place(folder, revision), trust_remote_code=False
+            )
     from ..training.engine import device
 
     model = model.to(device()).eval()
@@ -129,24 +96,29 @@ def load_for_inference(
     return model, tokenizer
 
 
-def _load(folder: str, dtype: torch.dtype | None) -> PreTrainedModel:
+def _load(model: Model, dtype: torch.dtype | None, key: str = "model.from") -> PreTrainedModel:
     """A model from a folder, the hub or a GGUF file: no pickled weights, no code from there."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
-    if is_adapter(folder):
-        raise UserError(
-            f"model.from: {folder} holds an adapter, not a whole model; make one of it first: "
-            "gradsmith export RUN FOLDER --form merged"
-        )
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            **place(folder),
+    disable_progress_bar()
+    folder = model.place
+    if find_gguf(folder) is None:
+        if Path(folder).is_dir():
+            check_whole_model(folder, key)
+        else:
+            hub_name(folder, key, "a model")
+    config = load_config(model, key)
+    with reading(f"{key}: {folder}", "no model can be read there"):
+        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            **place(folder, model.revision),
+            config=config,
             dtype=dtype or "auto",
             use_safetensors=True,
             trust_remote_code=False,
         )
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.from: {folder}: no model can be read there: {error}") from None
+    forget_quantization(loaded)
+    return loaded
 
 
 def _from_config(
@@ -172,9 +144,11 @@ def _attach_adapter(base: PreTrainedModel, recipe: Recipe, weights: Path | None)
     import peft
 
     if weights is not None:
-        return peft.PeftModel.from_pretrained(
-            base, str(weights), is_trainable=True, autocast_adapter_dtype=False
-        )
+        check_weights(weights, "adapter_model")
+        with reading(str(weights), "no adapter can be read there"):
+            return peft.PeftModel.from_pretrained(
+                base, str(weights), is_trainable=True, autocast_adapter_dtype=False
+            )
     adapter = recipe.model.adapter
     assert adapter is not None
     # peft writes this name into the adapter's folder, where it must hold from any directory

@@ -13,9 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from ..errors import RunError, UserError
-from ..run import Run, read_json
-from ..training.checkpoint import newest_verified
-from .build import is_adapter, load_for_inference
+from ..files import OurFolders, making, write_json
+from ..reading import read_json
+from ..run import Run
+from ..shapes import AdapterConfig
+from .base import Model, adapter_base, open_model
+from .build import load_for_inference
+from .folder import is_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,11 +48,17 @@ def export(run: Run, out: str | Path, form: Form | None = None) -> tuple[Path, f
         RunError: what was written does not give the run's logits; `out` is not made.
     """
     out = Path(out)
-    checkpoint, complaints = newest_verified(run.checkpoints)
-    if checkpoint is None:
-        found = "; ".join(complaints) or "there is none"
-        raise UserError(f"{run.folder}: no whole checkpoint to export: {found}")
-    source = checkpoint / "model"
+    around = OurFolders().around(out.resolve())
+    if around is not None:
+        raise UserError(f"{out}: lies in {around}, which is gradsmith's own; name another folder")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: is there already; name a new or an empty folder")
+    with open_model(run.folder) as model:
+        return out, _export(model, out, form)
+
+
+def _export(model: Model, out: Path, form: Form | None) -> float:
+    source = Path(model.place)
     forms = ("adapter", "merged") if is_adapter(source) else ("model",)
     form = form or forms[0]  # type: ignore[assignment]
     if form not in forms:
@@ -56,34 +66,39 @@ def export(run: Run, out: str | Path, form: Form | None = None) -> tuple[Path, f
             f"form: found {form}; this run allows {' and '.join(forms)}, since it trained "
             + ("an adapter" if is_adapter(source) else "all weights")
         )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: is there already; name a new or an empty folder")
-
-    ours, tokenizer = load_for_inference(checkpoint, kernels=False)
-    scratch = out.with_name(out.name + ".tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
-    if form == "merged":
-        _merge(checkpoint, tokenizer, scratch)
-        bound = MERGED_BOUND[ours.dtype]
-    else:
-        shutil.copytree(source, scratch)
+    ours, tokenizer = load_for_inference(model, kernels=False)
+    with making(out) as scratch:
         bound = 0.0
-    difference = _compare(ours, _reload(scratch), tokenizer)
-    if not difference <= bound:  # a NaN must not pass
-        shutil.rmtree(scratch)
-        raise RunError(
-            f"{out}: not written: read back, its logits differ from the run's by {difference:.2e} "
-            f"relative to their norm; allowed are {bound:.0e}"
-        )
-    if out.exists():
-        out.rmdir()
-    scratch.rename(out)
-    return out, difference
+        if form == "merged":
+            _merge(model, tokenizer, scratch)
+            bound = MERGED_BOUND[ours.dtype]
+        else:
+            shutil.copytree(source, scratch, dirs_exist_ok=True)
+            if form == "adapter":
+                _name_base(source, scratch)
+        difference = _compare(ours, _reload(scratch), tokenizer)
+        if not difference <= bound:  # a NaN must not pass
+            raise RunError(
+                f"{out}: not written: read back, its logits differ from the run's by "
+                f"{difference:.2e} relative to their norm; allowed are {bound:.0e}"
+            )
+    return difference
 
 
-def _merge(checkpoint: Path, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def _name_base(source: Path, folder: Path) -> None:
+    """Writes into an adapter's folder where its base is now: the run may have been moved."""
+    base = adapter_base(source)
+    place = Path(base.place)
+    path = folder / "adapter_config.json"
+    config = read_json(path)
+    config["base_model_name_or_path"] = str(place.resolve() if place.is_dir() else place)
+    config["revision"] = base.revision
+    write_json(path, config)
+
+
+def _merge(source: Model, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Base + adapter, added in float32 and rounded once."""
-    model: Any = load_for_inference(checkpoint, kernels=False)[0].cpu()
+    model: Any = load_for_inference(source, kernels=False)[0].cpu()
     dtype = model.dtype
     merged = model.float().merge_and_unload()
     for parameter in merged.parameters():
@@ -100,8 +115,9 @@ def _reload(folder: Path) -> torch.nn.Module:
     if is_adapter(folder):
         from peft import PeftModel
 
-        base = read_json(folder / "adapter_config.json")["base_model_name_or_path"]
-        model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+        config = read_json(folder / "adapter_config.json", AdapterConfig)
+        base, revision = config["base_model_name_or_path"], config["revision"] or "main"
+        model = AutoModelForCausalLM.from_pretrained(base, revision=revision, dtype="auto")
         return PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False)
     loaded: torch.nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     return loaded

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from ..console import quiet, say
 from ..errors import UserError
-from ..run import read_json, write_json
-
-SOURCE = "gguf.json"  # in the folder that a file was unpacked into: which one it was
 
 
 def find_gguf(name: str | Path) -> Path | None:
@@ -41,31 +37,33 @@ def find_gguf(name: str | Path) -> Path | None:
     return files[0]
 
 
-def place(name: str | Path) -> dict[str, Any]:
+def place(name: str | Path, revision: str | None = None) -> dict[str, Any]:
     """The arguments of transformers' `from_pretrained` for a folder, a hub name or a GGUF file."""
     file = find_gguf(name)
     if file is None:
-        return {"pretrained_model_name_or_path": str(name)}
+        return {"pretrained_model_name_or_path": str(name), "revision": revision or "main"}
     return {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
 
 
-def unpack(file: Path, folder: Path) -> Path:
-    """The model of a GGUF file as a folder of transformers, in float32, which loses nothing.
+def forget_quantization(model: Any) -> None:
+    """Takes off what is left of a GGUF file's quantisation: a model with it cannot be saved."""
+    vars(model).pop("hf_quantizer", None)
+    vars(model.config).pop("quantization_config", None)
+
+
+def unpack(file: Path, folder: Path) -> None:
+    """Writes the model of a GGUF file as a folder of transformers, in float32: it loses nothing.
 
     peft and transformers find an adapter's base there, and loading it takes a second instead of
-    the several that reading GGUF does. A folder that was made of this file is left as it is.
+    the several that reading GGUF does.
 
     Raises:
         UserError: transformers cannot read the file.
     """
-    stat = file.stat()
-    source = {"file": str(file.resolve()), "size": stat.st_size, "modified": stat.st_mtime_ns}
-    if (folder / SOURCE).is_file() and read_json(folder / SOURCE) == source:
-        return folder
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    say(f"unpacking {file.name} into {folder}")
+    say(f"unpacking {file.name} into {folder.parent / 'base'}")
     try:
         with quiet(Path(os.devnull)):
             tokenizer = AutoTokenizer.from_pretrained(**place(file), trust_remote_code=False)
@@ -74,14 +72,7 @@ def unpack(file: Path, folder: Path) -> Path:
             )
     except Exception as error:  # whatever a broken file or an unknown architecture leads to
         raise UserError(f"model.from: {file}: no model can be read there: {error}") from None
-    # What is left of the quantisation, and would keep transformers from saving the weights.
-    del model.hf_quantizer, model.config.quantization_config
-    scratch = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
+    forget_quantization(model)
     with quiet(Path(os.devnull)):
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
-    write_json(scratch / SOURCE, source)
-    shutil.rmtree(folder, ignore_errors=True)
-    scratch.rename(folder)
-    return folder
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)

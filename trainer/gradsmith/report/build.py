@@ -6,6 +6,7 @@ Whatever a run does not have yet is left out or said to be missing.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -17,8 +18,13 @@ from typing import Any
 
 import yaml
 
+from ..console import bytes_in_words
+from ..errors import UserError
 from ..evaluation.evaluate import yardstick_rows
-from ..run import Run, read_json
+from ..files import replacing
+from ..reading import read_json
+from ..run import Run
+from ..shapes import DataSummary, Evaluation, Provenance
 from .page import page
 from .plots import Chart, Series, draw, is_finite, label, smooth
 
@@ -55,10 +61,12 @@ def build_report(runs: Sequence[Run], out: Path, title: str | None = None) -> Pa
         "This file loads nothing from outside.</footer>",
     ]
     out = Path(out)
+    if out.is_dir():
+        raise UserError(f"{out}: is a folder; name the file to write")
     out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = out.with_name(f".{out.name}.tmp")
-    scratch.write_text(page(title, "\n".join(body)), encoding="utf-8")
-    scratch.replace(out)
+    own = next((run for run in runs if run.report_path.resolve() == out.resolve()), None)
+    with own.lock("results") if own else contextlib.nullcontext(), replacing(out) as file:
+        file.write(page(title, "\n".join(body)))
     return out
 
 
@@ -73,9 +81,9 @@ class _Contents:
         ordered = sorted(rows.values(), key=lambda row: row["step"])
         self.train = [row for row in ordered if row["kind"] == "train"]
         self.validation = [row for row in ordered if row["kind"] == "validation"]
-        self.evaluation = _read(run.evaluation_path)
-        self.provenance = _read(run.provenance_path)
-        self.manifest = _read(run.data / "manifest.json")
+        self.evaluation = _read(run.evaluation_path, Evaluation)
+        self.provenance = _read(run.provenance_path, Provenance)
+        self.manifest = _read(run.data / "manifest.json", DataSummary)
 
     @property
     def heading(self) -> str:
@@ -86,8 +94,8 @@ class _Contents:
         return str(self.recipe["name"])
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
+def _read(path: Path, shape: type) -> dict[str, Any]:
+    return read_json(path, shape) if path.is_file() else {}
 
 
 def _section(c: _Contents, index: int) -> str:
@@ -196,9 +204,9 @@ def _tiles(c: _Contents) -> str:
         text = f"{last['step']:,} steps"
         if c.provenance.get("seconds"):
             text += f" in {_duration(c.provenance['seconds'])}"
-        if minutes := c.recipe["training"]["minutes"]:
+        if minutes := c.recipe["training"].get("minutes"):
             text += f", of {minutes:g} minutes"
-        tiles.append(("Tokens trained on", _count(last["tokens"]), text))
+        tiles.append(("Tokens trained on", _count(last.get("tokens", 0)), text))
         speeds = sorted(
             row["tokens_per_second"] for row in c.train if is_finite(row.get("tokens_per_second"))
         )
@@ -215,6 +223,8 @@ def _tiles(c: _Contents) -> str:
 
 
 def _compared(ours: float, other: float, name: str) -> str:
+    if not other > 0:
+        return f"{name} {other:g}"
     share = ours / other - 1
     if abs(share) < 0.005:
         return f"level with {name}"
@@ -230,7 +240,7 @@ def _results(c: _Contents) -> str:
         rows.append(("base, before fine-tuning", base["bits_per_byte"], base, ""))
     rows += [(name, value, {}, "") for name, value in yardstick_rows(c.evaluation)]
     rows.sort(key=lambda row: row[1] if is_finite(row[1]) else math.inf)
-    longest = max((value for _, value, _, _ in rows if is_finite(value)), default=1.0)
+    longest = max((value for _, value, _, _ in rows if is_finite(value)), default=1.0) or 1.0
     rouge = "rouge_l" in metrics
     heads = ["Loss, nats/token", "Perplexity", "Next-token accuracy"] + ["ROUGE-L"] * rouge
     body = []
@@ -397,7 +407,7 @@ def _ledger(c: _Contents) -> str:
             f"{splits[name]['documents']:,}",
             f"{splits[name]['tokens']:,}",
             f"{splits[name]['target_tokens']:,}",
-            _bytes(splits[name]["bytes"]),
+            bytes_in_words(splits[name]["bytes"]),
         ]
         for name in SPLITS
         if name in splits
@@ -407,7 +417,7 @@ def _ledger(c: _Contents) -> str:
             source.get("kind", ""),
             source.get("path") or "",
             f"{source.get('files', 0):,}" if isinstance(source.get("files"), int) else "",
-            _bytes(source["bytes"]) if source.get("bytes") is not None else "",
+            bytes_in_words(source["bytes"]) if source.get("bytes") is not None else "",
         ]
         for source in c.manifest.get("sources", [])
     ]
@@ -548,13 +558,6 @@ def _count(value: float) -> str:
         if value >= size:
             return f"{value / min(size, 1e3 if unit == 'k' else size):.3g} {unit}"
     return f"{value:,}"
-
-
-def _bytes(value: float) -> str:
-    for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if value >= size:
-            return f"{value / size:.1f} {unit}"
-    return f"{value} B"
 
 
 def _duration(seconds: float) -> str:

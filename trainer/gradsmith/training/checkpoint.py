@@ -9,21 +9,22 @@ step-000100/
   manifest.json                       size and SHA-256 of every file above
 ```
 
-A checkpoint is written to `step-000100.tmp/`, every file flushed to disk, the manifest last, and
-then rank 0 alone renames it: a folder without `.tmp` is whole. Optimizer states are kept as pieces
-of named parameters, so a run may go on under another ZeRO stage or on another number of ranks.
+A checkpoint is written beside its place (gradsmith.files), every file flushed to disk, the manifest
+last, and then rank 0 alone renames it. Whoever uses one verifies its every byte before, and one
+that is not as it was written counts for nothing: neither as the newest, nor among those that
+`training.checkpoint.keep` asks for. Optimizer states are kept as pieces of named parameters, so a
+run may go on under another ZeRO stage or on another number of ranks.
 Sample order and dropout are functions of the seed and the step (gradsmith.data.loader,
 gradsmith.training.loop), so there is no loader or random state to keep.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
+import contextlib
+import fcntl
 import re
-import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,14 +32,28 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from ..errors import RunError
-from ..run import read_json, write_json
+from ..errors import RunError, one_line, system_error
+from ..files import (
+    MARKER,
+    is_ours,
+    new_scratch,
+    publish,
+    read_json,
+    remove,
+    scratch_of,
+    sha256,
+    sha256_is,
+    sync,
+    write_json,
+)
+from ..run import Run
 from .engine import device
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 FORMAT = 1
+LOADED = re.compile(r"model/|optimizer-")  # files that are read because they are there
 STATE_BLOCK = (
     256  # elements of an 8-bit state that share a scale; as gradsmith_kernels.optim has it
 )
@@ -147,13 +162,17 @@ def _scales(state: dict[str, Any], piece: Piece) -> dict[str, torch.Tensor]:
 
 
 def save(
-    engine: DeepSpeedEngine, tokenizer: Any, folder: Path, step: int, state: dict[str, Any]
+    engine: DeepSpeedEngine,
+    tokenizer: Mapping[str, bytes],
+    folder: Path,
+    step: int,
+    state: dict[str, Any],
 ) -> Path:
     """Writes `folder/step-NNNNNN` on all ranks together.
 
     Args:
         engine: whose weights and optimizer states to write.
-        tokenizer: goes into the model's folder.
+        tokenizer: its files, by name, which go into the model's folder.
         folder: the run's checkpoints.
         step: optimizer steps done.
         state: what else goes into state.json.
@@ -162,13 +181,12 @@ def save(
         RunError: on every rank, if any rank could not write; what was there before is untouched.
     """
     final = folder / f"step-{step:06}"
-    scratch = folder / f"step-{step:06}.tmp"
+    scratch = scratch_of(final)
     rank, world = dist.get_rank(), dist.get_world_size()
 
     def prepare() -> None:
         if rank == 0:
-            shutil.rmtree(scratch, ignore_errors=True)
-            scratch.mkdir(parents=True)
+            new_scratch(final, "checkpoint")
 
     def write() -> None:
         _write_optimizer(engine, scratch, rank, world)
@@ -176,35 +194,68 @@ def save(
             _write_model(engine.module, tokenizer, scratch / "model", weights)
             write_json(scratch / "state.json", {"format": FORMAT, "step": step, **state, **scalars})
 
-    def publish() -> None:
+    def finish() -> None:
         if rank == 0:
             _write_manifest(scratch)
-            if final.exists():
-                shutil.rmtree(final)
-            scratch.rename(final)
-            _fsync(folder)
+            publish(scratch, final)
 
     weights = gather_weights(engine.module)
     optimizer = engine.basic_optimizer
     counted = {name: optimizer.param_groups[0][name] for name in optimizer.counted}
     scalars = {"optimizer": _scalars(engine), "groups": counted}
     try:
-        for stage in (prepare, write, publish):
+        for stage in (prepare, write, finish):
             _together(stage)
-    except RunError:
+    except RunError as error:
         if rank == 0:
-            shutil.rmtree(scratch, ignore_errors=True)
-        raise
+            remove(scratch)
+        raise RunError(f"{error}; {newest_in_words(Run(folder.parent))}") from None
     return final
 
 
-def keep_newest(folder: Path, count: int) -> None:
-    """Deletes all but the newest `count` checkpoints; never leaves half of one behind its name."""
-    for _, checkpoint in _all(folder)[count:]:
-        doomed = checkpoint.with_name(checkpoint.name + ".tmp")
-        shutil.rmtree(doomed, ignore_errors=True)
-        checkpoint.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+def keep_newest(run: Run, count: int) -> None:
+    """Deletes all but the newest `count` whole checkpoints.
+
+    A damaged one counts for nothing: it goes with the whole ones that are older than those kept,
+    and stays where it is newer. One that somebody reads (see `reading`) stays this time.
+    """
+    kept = 0
+    for _, path in run.steps():
+        if kept < count:
+            kept += damage(path) is None
+        elif is_ours(path):
+            with _alone(path) as alone:
+                if alone:
+                    remove(path)
+
+
+@contextlib.contextmanager
+def reading(checkpoint: Path) -> Iterator[None]:
+    """Keeps a training process from deleting a checkpoint while it is read.
+
+    Raises:
+        FileNotFoundError: it is gone.
+    """
+    manifest = checkpoint / "manifest.json"
+    with manifest.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        manifest.stat()  # it may have gone while this process waited
+        yield
+
+
+@contextlib.contextmanager
+def _alone(checkpoint: Path) -> Iterator[bool]:
+    """Whether nobody reads a checkpoint; if so, nobody begins to in the block."""
+    alone = True
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context((checkpoint / "manifest.json").open("r+b"))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            alone = False
+        except FileNotFoundError:  # damaged, so nobody does
+            pass
+        yield alone
 
 
 def gather_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -234,10 +285,11 @@ def _saved_buffers(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 
 def _write_model(
-    model: Any, tokenizer: Any, folder: Path, weights: dict[str, torch.Tensor]
+    model: Any, tokenizer: Mapping[str, bytes], folder: Path, weights: dict[str, torch.Tensor]
 ) -> None:
     model.save_pretrained(folder, state_dict=weights)
-    tokenizer.save_pretrained(folder)
+    for name, content in tokenizer.items():
+        (folder / name).write_bytes(content)
     _check_written(model, folder)
 
 
@@ -283,8 +335,8 @@ def _write_optimizer(engine: DeepSpeedEngine, folder: Path, rank: int, world: in
             tensors[f"{piece.name}:{key}"] = whole.cpu().clone()
     path = folder / f"optimizer-{rank:05}-of-{world:05}.safetensors"
     save_file(tensors, path)
-    _fsync(path)
-    entry = {"pieces": index, "sha256": _sha256(path)}
+    sync(path)
+    entry = {"pieces": index, "sha256": sha256(path)}
     write_json(path.with_suffix(".json"), entry)
 
 
@@ -299,14 +351,17 @@ def _scalars(engine: DeepSpeedEngine) -> dict[str, float]:
 def _write_manifest(folder: Path) -> None:
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        _fsync(path)
+        sync(path)
         index = path.with_suffix(".json")
-        known = path.name.startswith("optimizer-") and path.suffix == ".safetensors"
-        digest = read_json(index)["sha256"] if known else _sha256(path)
+        if path.name == MARKER:
+            continue
+        if path.name.startswith("optimizer-") and path.suffix == ".safetensors":
+            sha256_is(path, read_json(index)["sha256"])  # by the rank that wrote it
+        digest = sha256(path)
         files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": digest}
     write_json(folder / "manifest.json", {"format": FORMAT, "files": files})
     for directory in (folder / "model", folder):
-        _fsync(directory)
+        sync(directory)
 
 
 def _together(work: Any) -> None:
@@ -314,12 +369,13 @@ def _together(work: Any) -> None:
     error: BaseException | None = None
     try:
         work()
-    except (OSError, RuntimeError, ValueError) as caught:  # safetensors' error is a ValueError
+    except Exception as caught:  # whatever it is, the other ranks wait for this one
         error = caught
     failed = torch.tensor([0 if error is None else 1], device=device())
     dist.all_reduce(failed)
     if error is not None:
-        raise RunError(f"the checkpoint could not be written: {error}") from error
+        told = system_error(error) if isinstance(error, OSError) else one_line(error)
+        raise RunError(f"the checkpoint could not be written: {told}") from error
     if failed.item():
         raise RunError("the checkpoint could not be written on another rank; see its log")
 
@@ -327,41 +383,64 @@ def _together(work: Any) -> None:
 # ------------------------------------------------------------------------------------ reading
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint whose files are all there at their full size."""
-    return next((path for _, path in _all(folder) if not damage(path, hashes=False)), None)
+def newest_in_words(run: Run) -> str:
+    """What is left when a run fails."""
+    path = next((path for _, path in run.steps() if not damage(path, hashes=False)), None)
+    if path is None:
+        return "no checkpoint is saved yet"
+    return f"saved is {path}, and the same command goes on from there"
 
 
-def newest_verified(folder: Path) -> tuple[Path | None, list[str]]:
+def newest(run: Run) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose every byte is as it was written, and what newer ones lack."""
-    complaints: list[str] = []
-    for _, path in _all(folder):
-        problem = damage(path, hashes=True)
-        if problem is None:
-            return path, complaints
-        complaints.append(f"{path}: {problem}")
-    return None, complaints
+    while True:
+        complaints: list[str] = []
+        steps = run.steps()
+        for _, path in steps:
+            problem = damage(path)
+            if problem is None:
+                return path, complaints
+            complaints.append(f"{path}: {problem}")
+        if run.steps() == steps:  # none was written or deleted meanwhile
+            return None, complaints
 
 
-def damage(checkpoint: Path, *, hashes: bool) -> str | None:
-    """What is wrong with a checkpoint, or None."""
-    path = checkpoint / "manifest.json"
-    if not path.is_file():
-        return "no manifest.json"
+def damage(checkpoint: Path, *, hashes: bool = True) -> str | None:
+    """What is wrong with a checkpoint, or None; without `hashes` only sizes are looked at."""
     try:
-        manifest = read_json(path)
-        for name, expected in manifest["files"].items():
-            file = checkpoint / name
-            if not file.resolve().is_relative_to(checkpoint.resolve()):
+        manifest = read_json(checkpoint / "manifest.json")
+        if manifest["format"] != FORMAT:
+            return f"its format is {manifest['format']!r}; this version reads {FORMAT}"
+        listed: dict[str, Any] = manifest["files"]
+        for name in listed:
+            if not (checkpoint / name).resolve().is_relative_to(checkpoint.resolve()):
                 return f"the manifest names a file outside of the folder: {name}"
-            if not file.is_file():
-                return f"{name} is missing"
-            if file.stat().st_size != expected["bytes"]:
-                return f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}"
-            if hashes and _sha256(file) != expected["sha256"]:
-                return f"{name} is not what was written (its SHA-256 differs)"
-    except Exception as error:  # whatever a damaged manifest leads to, it names the damage
-        return f"manifest.json cannot be read: {error}"
+        there = [str(p.relative_to(checkpoint)) for p in checkpoint.rglob("*") if p.is_file()]
+        if unknown := [p for p in there if p not in listed and LOADED.match(p)]:
+            return f"{unknown[0]} is not what was written (the manifest does not list it)"
+        if "state.json" not in listed or not any(p.startswith("model/") for p in listed):
+            return "the manifest lists no state.json or no model"
+        for name, expected in listed.items():
+            if problem := file_damage(checkpoint / name, expected, hashes):
+                return f"{name} {problem}"
+        step = read_json(checkpoint / "state.json")["step"]
+        if checkpoint.name != f"step-{step:06}":
+            return f"state.json says that it is of step {step}"
+    except FileNotFoundError as error:
+        return f"no {Path(str(error.filename)).name}"
+    except Exception as error:  # whatever a damaged file leads to, it names the damage
+        return f"manifest.json or state.json cannot be read: {error}"
+    return None
+
+
+def file_damage(file: Path, expected: dict[str, Any], hashes: bool = True) -> str | None:
+    """How a file differs from its entry in a manifest, {bytes, sha256}, or None."""
+    if not file.is_file():
+        return "is missing"
+    if file.stat().st_size != expected["bytes"]:
+        return f"has {file.stat().st_size} bytes instead of {expected['bytes']}"
+    if hashes and sha256(file) != expected["sha256"]:
+        return "is not what was written (its SHA-256 differs)"
     return None
 
 
@@ -488,30 +567,3 @@ def _encode(state: dict[str, torch.Tensor], values: dict[str, torch.Tensor]) -> 
         codes, absmax = encode(values[code], signed)
         state[code].copy_(codes.view_as(state[code]))
         state[scale].copy_(absmax)
-
-
-# ---------------------------------------------------------------------------------------- files
-
-
-def _all(folder: Path) -> list[tuple[int, Path]]:
-    """Checkpoints by step, the newest first."""
-    found = []
-    if folder.is_dir():
-        for path in folder.iterdir():
-            match = re.fullmatch(r"step-(\d+)", path.name)
-            if match and path.is_dir():
-                found.append((int(match[1]), path))
-    return sorted(found, reverse=True)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -31,7 +31,14 @@ def init_distributed() -> None:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "nccl" if gpu else "gloo"
         if launched():
-            dist.init_process_group(backend)
+            store, *_ = next(dist.rendezvous("env://"))
+            if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+                # torchrun keeps one store over its restarts. In it stand the addresses of the
+                # ranks that died, and gloo would connect to those. (Several machines need not
+                # have counted the same restarts.)
+                attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+                store = dist.PrefixStore(f"attempt-{attempt}", store)
+            dist.init_process_group(backend, store=store, rank=rank(), world_size=world())
         else:
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")  # DeepSpeed reads them
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import shutil
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
+from ..console import bytes_in_words
 from ..errors import RunError, UserError
 from ..recipe import Recipe
 
@@ -19,6 +21,11 @@ if TYPE_CHECKING:
     from ..data.shards import PreparedData
 
 MAX_SKIPPED = 20  # steps in a row with a gradient that is not finite
+ADVICE = (
+    "A lower training.optimizer.lr or a longer training.schedule.warmup usually helps, with "
+    "--fresh or another output=...; where only the newest checkpoint is bad, delete it to go on "
+    "from the one before"
+)
 
 
 def check_data(data: PreparedData, sequences: Sequences) -> None:
@@ -78,8 +85,8 @@ def check_space(folder: Path, trainable: int, total: int, recipe: Recipe) -> Non
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"output: {folder} has {free / 1e9:.1f} GB free; training.checkpoint.keep "
-            f"{recipe.training.checkpoint.keep} needs {needed / 1e9:.1f} GB "
+            f"output: {folder} has {bytes_in_words(free)} free; training.checkpoint.keep "
+            f"{recipe.training.checkpoint.keep} needs {bytes_in_words(needed)} "
             "(one more than is kept is there while it is written)"
         )
 
@@ -119,10 +126,17 @@ def _leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 class Divergence:
-    """Counts steps in a row that were skipped for a gradient that is not finite."""
+    """Counts steps in a row that were skipped for a gradient that is not finite.
 
-    def __init__(self) -> None:
-        self._skipped = 0
+    Args:
+        scaled: the loss is scaled (fp16), so a gradient beyond the format's range is no sign of
+            divergence while the loss is finite: the next scale is smaller.
+    """
+
+    def __init__(self, scaled: bool = False) -> None:
+        self.scaled = scaled
+        self.skipped = 0
+        self.standing = False  # whether the last step was skipped for more than its scale
 
     def check(self, step: int, loss: float, grad_norm: float) -> bool:
         """Whether the step was sound.
@@ -131,32 +145,46 @@ class Divergence:
             RunError: `MAX_SKIPPED` steps in a row were not.
         """
         if math.isfinite(loss) and math.isfinite(grad_norm):
-            self._skipped = 0
+            self.skipped, self.standing = 0, False
             return True
-        self._skipped += 1
-        if self._skipped >= MAX_SKIPPED:
+        self.skipped += 1
+        self.standing = not (self.scaled and math.isfinite(loss))
+        if self.skipped >= MAX_SKIPPED:
             raise RunError(
                 f"step {step}: loss {loss}, gradient norm {grad_norm}: {MAX_SKIPPED} steps in a "
-                "row were not finite. The last checkpoint is from before; a lower "
-                "training.optimizer.lr or a longer training.schedule.warmup usually helps"
+                "row were not finite and were skipped: the run has diverged. No checkpoint was "
+                f"written meanwhile. {ADVICE}"
             )
         return False
 
 
 class StopRequest:
-    """SIGINT and SIGTERM ask for a stop at the next step; a second one stops at once."""
+    """SIGINT, SIGTERM and SIGHUP ask for a stop at the next step; a second one stops at once.
+
+    So does the end of the launcher that started this rank, as if by SIGTERM: with it, nobody would
+    be left to end the rank.
+    """
 
     def __init__(self) -> None:
-        self.signal: int | None = None
+        self._signal: int | None = None
         self._before: dict[int, Any] = {}
+        self._parent = os.getppid() if "MASTER_ADDR" in os.environ else None
+
+    @property
+    def signal(self) -> int | None:
+        """The signal that asked for a stop, or None."""
+        if self._signal is None and self._parent not in (None, os.getppid()):
+            self._signal = signal.SIGTERM
+        return self._signal
 
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._asked)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it for SIGHUP
+                self._before[number] = signal.signal(number, self._asked)
         return self
 
     def _asked(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
+        self._signal = number
         signal.signal(number, self._before[number])
 
     def __exit__(

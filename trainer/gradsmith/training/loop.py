@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import shutil
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,29 +20,32 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from ..checks import check_recipe, going_on
+from ..checks import check_recipe
 from ..console import TrainingProgress, duration, quiet, say
 from ..data.loader import Batch, Loader, evaluation_batches
 from ..data.packing import Sequences
-from ..data.prepare import prepare
+from ..data.prepare import ensure_data
 from ..data.shards import PreparedData
-from ..errors import RunError, UserError
+from ..errors import RunError, Stopped, UserError, system_error
 from ..evaluation.metrics import SUMS, batch_sums, summarize
+from ..files import read_json, write_json
+from ..models.base import pin
 from ..models.build import build_model
 from ..recipe import Recipe
-from ..run import Run, read_json, write_json
+from ..run import Run, check_output
 from . import checkpoint, guards
 from . import engine as engines
 
 
-def train(recipe: Recipe, *, fresh: bool = False) -> dict[str, Any]:
+def train(recipe: Recipe, *, fresh: bool | str = False) -> dict[str, Any]:
     """Trains what the recipe describes, going on from the newest checkpoint in its run's folder.
 
     Call it in every process of a launch (or in one alone).
 
     Args:
         recipe: what to train.
-        fresh: start over: forget the checkpoints and metrics in the run's folder.
+        fresh: start over: forget the checkpoints and metrics in the run's folder. A text is an
+            order that is carried out once, however often the same command is started.
 
     Returns:
         The last training row of metrics.jsonl, and the last validation as `validation`.
@@ -52,11 +55,20 @@ def train(recipe: Recipe, *, fresh: bool = False) -> dict[str, Any]:
         RunError: training failed, or was stopped by a signal after it had saved.
     """
     run, rank = Run(recipe.output), engines.rank()
-    with quiet(run.logs / f"rank-{rank}.log"), guards.StopRequest() as stop:
-        check_recipe(recipe, engines.world())
+    check_output(recipe)
+    run.claim()  # before anything is written there, a log for example
+    with quiet(run.logs / f"rank-{rank}.log"):
+        check_recipe(recipe, engines.world(), fresh=bool(fresh))
         engines.init_distributed()
         with run.lock() if rank == 0 else contextlib.nullcontext():
-            return _train(_build(recipe, run, fresh), stop)
+            session = _build(recipe, run, fresh)
+            # Until here a signal ends the process at once: there is nothing to save.
+            try:
+                with guards.StopRequest() as stop:
+                    return _train(session, stop)
+            except OSError as error:
+                saved = checkpoint.newest_in_words(run)
+                raise RunError(f"{system_error(error)}; {saved}") from error
 
 
 @dataclass
@@ -66,11 +78,13 @@ class Session:
     recipe: Recipe
     run: Run
     data: PreparedData
+    tokenizer: dict[str, bytes]  # its files, which go into every checkpoint
     loader: Loader
     engine: Any
     total: int | None  # steps, or None when time is the limit
     fused_loss: bool = False  # whether the model computes its loss without its logits
     step: int = 0  # done
+    saved: int = 0  # the step of the newest checkpoint, or 0
     tokens: int = 0  # read, without padding
     seconds: float = 0.0  # spent in steps, on rank 0's clock: not in validations and checkpoints
 
@@ -94,6 +108,7 @@ class Session:
             "world": engines.world(),
             "zero_stage": self.recipe.training.zero.stage,
             "data": self.data.fingerprint,
+            "tokenizer": self.data.tokenizer_fingerprint,
         }
 
 
@@ -102,10 +117,11 @@ class Session:
 
 def _train(session: Session, stop: guards.StopRequest) -> dict[str, Any]:
     recipe, run, engine = session.recipe, session.run, session.engine
-    settings, divergence = recipe.training, guards.Divergence()
+    settings, divergence = recipe.training, guards.Divergence(recipe.training.precision == "fp16")
     minutes = settings.minutes if session.total is None else None
     logged = (session.tokens, session.seconds)
     row: dict[str, Any] = {}
+    due, crowded = False, True  # a checkpoint is to be written; there may be more than are kept
     with TrainingProgress(recipe.name, session.total, session.step, minutes=minutes) as bar:
         while (progress := session.progress()) < 1:
             began = time.monotonic()
@@ -117,6 +133,11 @@ def _train(session: Session, stop: guards.StopRequest) -> dict[str, Any]:
             # Validations and checkpoints do not count: the schedule would jump over their time.
             session.seconds = _agree(session.seconds + time.monotonic() - began)
             sound = divergence.check(session.step, loss, norm)
+            if sound and crowded:
+                # Not when it was written: a bad step may be the last one in the newest checkpoint,
+                # and shows in the step that follows.
+                _keep_newest(session)
+                crowded = False
             if session.step % settings.log.every == 0 or session.step == session.total:
                 tokens, seconds = session.tokens - logged[0], session.seconds - logged[1]
                 row = {
@@ -134,22 +155,56 @@ def _train(session: Session, stop: guards.StopRequest) -> dict[str, Any]:
                 logged = (session.tokens, session.seconds)
             if session.held_out and session.step % settings.validate_.every == 0:
                 bar.update(session.step, validate(session))
-            if stopping or session.step % settings.checkpoint.every == 0:
+            due = due or stopping or session.step % settings.checkpoint.every == 0
+            if due and sound:  # while steps are skipped none is written, and none deleted
                 _save(session)
+                due, crowded = False, True
             if stopping:
-                raise RunError(
-                    f"stopped by a signal after step {session.step}; the state is saved in "
-                    f"{run.checkpoints}, and the same command goes on from there"
+                raise Stopped(
+                    f" after step {session.step}"
+                    + ("" if sound else ", which was skipped and is not saved")
+                    + f"; the same command goes on from {_saved(session)}",
+                    stop.signal or signal.SIGTERM,  # another rank was asked
                 )
-        if _newest_step(run) != session.step:
-            _save(session)
-        validation = _last_row(run, "validation")
-        if session.held_out and (validation is None or validation["step"] != session.step):
-            validation = validate(session)
-            bar.update(session.step, validation)
+        _finish(session, divergence, row, bar)
+    return {
+        **(row or _last_row(run, "train") or {}),
+        "validation": _last_row(run, "validation"),
+    }
+
+
+def _finish(
+    session: Session,
+    divergence: guards.Divergence,
+    row: dict[str, Any],
+    bar: TrainingProgress,
+) -> None:
+    """The last checkpoint and validation.
+
+    Raises:
+        RunError: the run has diverged, now or when its last step was made by another process.
+    """
+    run = session.run
+    last = row or _last_row(run, "train") or {}
+    if divergence.standing or (not row and last.get("skipped")):
+        raise RunError(
+            f"step {session.step}, the last, was skipped, since its loss or gradient was not "
+            f"finite: the run has diverged, and is not saved. {guards.ADVICE}"
+        )
+    if session.saved != session.step:
+        _save(session)
+    validation = _last_row(run, "validation")
+    if session.held_out and (validation is None or validation["step"] != session.step):
+        validation = validate(session)
+        bar.update(session.step, validation)
+    if validation is not None and not math.isfinite(validation["loss"]):
+        raise RunError(
+            f"step {session.step}: the validation loss is {validation['loss']}: the run has "
+            f"diverged. {guards.ADVICE}"
+        )
+    _keep_newest(session)
     if engines.rank() == 0:
         _describe(session)
-    return {**(row or _last_row(run, "train") or {}), "validation": validation}
 
 
 def optimizer_step(session: Session, asked_to_stop: bool = False) -> tuple[float, float, bool]:
@@ -264,12 +319,13 @@ def validate(session: Session) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------- building
 
 
-def _build(recipe: Recipe, run: Run, fresh: bool) -> Session:
+def _build(recipe: Recipe, run: Run, fresh: bool | str) -> Session:
     data = _first(lambda: _open(recipe, run, fresh))
     if data is None:  # another rank prepared it
         data = PreparedData.open(run.data)
     # Rank 0 has settled what auto stands for, so that machines that differ train alike.
     asked, recipe = recipe.training.precision, engines.settle_precision(recipe, run.recipe())
+    tokenizer = data.tokenizer_files()
     sequences = _sequences(recipe, data, "train")
     guards.check_data(data, sequences)
     loader = Loader(sequences, seed=recipe.seed, global_batch=recipe.training.global_batch)
@@ -279,9 +335,8 @@ def _build(recipe: Recipe, run: Run, fresh: bool) -> Session:
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     total = sum(p.numel() for p in parameters)
     guards.check_space(run.folder, trainable, total, recipe)
-    session = Session(
-        recipe, run, data, loader, engines.build_engine(recipe, model), total_steps(recipe, loader)
-    )
+    engine = engines.build_engine(recipe, model)
+    session = Session(recipe, run, data, tokenizer, loader, engine, total_steps(recipe, loader))
     kernels = _kernels(recipe, session.engine.module)
     placed = kernels.get("accelerate", {}).get("replaced", {}).values()
     session.fused_loss = any(op == "linear_cross_entropy" for op, _ in placed)
@@ -327,47 +382,64 @@ def _kernels(recipe: Recipe, model: torch.nn.Module) -> dict[str, Any]:
     return {"backends": backends, "accelerate": placed}
 
 
-def _open(recipe: Recipe, run: Run, fresh: bool) -> PreparedData:
+def _open(recipe: Recipe, run: Run, fresh: bool | str) -> PreparedData:
     """What rank 0 does before the others look into the folder."""
-    if fresh:
-        shutil.rmtree(run.checkpoints, ignore_errors=True)
-        for path in (run.metrics_path, run.evaluation_path, run.report_path):
-            path.unlink(missing_ok=True)
-    before = going_on(recipe)
-    recipe = engines.settle_precision(recipe, before)
-    if before is not None:
-        guards.check_same_run(before, recipe, run.folder)
-    run.write_recipe(recipe)
-    return prepare(recipe, log=say)
+    run.begin(recipe, fresh)
+    data = ensure_data(recipe, log=say)
+    pin(run, recipe)
+    return data
 
 
 def _first(work: Callable[[], Any]) -> Any:
-    """Runs `work` on rank 0 while the others wait; its UserError ends all ranks alike."""
+    """Runs `work` on rank 0 while the others wait; what it complains of ends all ranks alike."""
     result, complaint = None, ""
     if engines.rank() == 0:
         try:
             result = work()
         except UserError as error:
-            complaint = str(error)
-    letters = torch.tensor(list(complaint.encode()), dtype=torch.uint8, device=engines.device())
+            complaint = f"2{error}"
+        except RunError as error:
+            complaint = f"1{error}"
+        except OSError as error:
+            complaint = f"1{system_error(error)}"
+    told = list(complaint.encode(errors="replace"))
+    letters = torch.tensor(told, dtype=torch.uint8, device=engines.device())
     size = torch.tensor([len(letters)], device=engines.device())
     dist.broadcast(size, 0)
     if count := int(size.item()):
         text = letters if engines.rank() == 0 else letters.new_empty(count)
         dist.broadcast(text, 0)
-        raise UserError(bytes(text.tolist()).decode())
+        complaint = bytes(text.tolist()).decode()
+        raise (UserError if complaint[0] == "2" else RunError)(complaint[1:])
     return result
 
 
 def _agree_on_checkpoint(run: Run) -> Path | None:
-    """The checkpoint from which all ranks go on; rank 0 verifies its every byte."""
-    step = torch.full((1,), -1, dtype=torch.int64, device=engines.device())
-    if engines.rank() == 0:
-        path, complaints = checkpoint.newest_verified(run.checkpoints)
+    """The checkpoint from which all ranks go on; rank 0 verifies its every byte.
+
+    Raises:
+        UserError: on all ranks, if there are checkpoints and every one is damaged.
+    """
+
+    def choose() -> None:
+        path, complaints = checkpoint.newest(run)
+        if path is None and complaints:
+            raise UserError(
+                "\n  ".join(
+                    [
+                        f"{run.folder}: every checkpoint is damaged, and nothing was changed; put "
+                        "one back, start over with --fresh, or choose another output=...",
+                        *complaints,
+                    ]
+                )
+            )
         for complaint in complaints:
             say(f"not used: {complaint}")
         if path is not None:
             step[0] = int(path.name.removeprefix("step-"))
+
+    step = torch.full((1,), -1, dtype=torch.int64, device=engines.device())
+    _first(choose)
     dist.broadcast(step, 0)
     return None if step.item() < 0 else run.checkpoints / f"step-{int(step.item()):06}"
 
@@ -380,9 +452,12 @@ def _resume(session: Session, start: Path) -> None:
             f"{session.run.data}: the data is not what {start} was trained on (its sources have "
             "changed); start over with --fresh, or choose another output=..."
         )
-    session.step, session.tokens = state["step"], state["tokens"]
+    session.step = session.saved = state["step"]
+    session.tokens = state["tokens"]
     session.seconds = state["seconds"]
     say(f"{session.recipe.name}: going on from {start}")
+    if session.total is not None and session.step >= session.total:
+        say(f"{session.step} steps are done and the recipe asks for {session.total}: none is left")
 
 
 def total_steps(recipe: Recipe, loader: Loader) -> int | None:
@@ -421,14 +496,18 @@ def _save(session: Session) -> None:
     with engines.averaged_weights(session.engine):
         checkpoint.save(
             session.engine,
-            session.data.tokenizer(),
+            session.tokenizer,
             session.run.checkpoints,
             session.step,
             session.state(),
         )
-    if engines.rank() == 0:
-        checkpoint.keep_newest(session.run.checkpoints, session.recipe.training.checkpoint.keep)
+    session.saved = session.step
     dist.barrier()
+
+
+def _keep_newest(session: Session) -> None:
+    if engines.rank() == 0:
+        checkpoint.keep_newest(session.run, session.recipe.training.checkpoint.keep)
 
 
 def _agree(seconds: float) -> float:
@@ -438,9 +517,9 @@ def _agree(seconds: float) -> float:
     return float(clock)
 
 
-def _newest_step(run: Run) -> int | None:
-    path = checkpoint.newest_checkpoint(run.checkpoints)
-    return int(path.name.removeprefix("step-")) if path else None
+def _saved(session: Session) -> str:
+    """The newest checkpoint, for a message."""
+    return f"{session.run.checkpoints}/step-{session.saved:06}" if session.saved else "the start"
 
 
 def _last_row(run: Run, kind: str) -> dict[str, Any] | None:

@@ -1,0 +1,205 @@
+"""Recipes, manifests, metrics and hostfiles that hypothesis makes up: read, or refused in a line.
+
+Each is tried with 200 inputs here, and with 2,000 by `pytest -m long`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gradsmith.data.shards import PreparedData
+from gradsmith.errors import UserError
+from gradsmith.launch import read_hostfile
+from gradsmith.reading import read_json
+from gradsmith.recipe import load_recipe
+from gradsmith.report.build import build_report
+from gradsmith.run import Run
+from gradsmith.shapes import DataManifest
+
+RECIPE = {
+    "name": "tiny",
+    "output": "run",
+    "data": {
+        "sources": [{"kind": "text", "path": "texts"}],
+        "tokenizer": {"train": {"vocab_size": 300}},
+        "sequence_length": 32,
+    },
+    "model": {"architecture": "llama", "config": {"hidden_size": 32}},
+    "training": {"steps": 2, "optimizer": {"name": "adamw", "betas": [0.9, 0.95]}},
+    "evaluation": {"generation": {"prompts": ["a"]}},
+}
+FILE = {"bytes": 1, "sha256": "0"}
+SPLIT = {"documents": 1, "tokens": 2, "target_tokens": 1, "bytes": 3, "eos_targets": 1,
+         "files": {"tokens.bin": FILE}}  # fmt: skip
+MANIFEST = {
+    "format": "gradsmith-data-1", "task": "chat", "data_hash": "0", "vocab_size": 300,
+    "bos_id": 0, "eos_id": 1, "pad_id": 2, "sequence_length": 32,
+    "tokenizer": {"files": {"tokenizer.json": FILE}},
+    "ledger": [{"step": "read", "what": "in", "documents": 1, "tokens": 1, "reason": "r"}],
+    "sources": [{"kind": "text", "path": "a", "files": 1, "bytes": 2, "sha256": "0"}],
+    "splits": {"train": SPLIT, "test": SPLIT},
+}  # fmt: skip
+ROW = {"kind": "train", "step": 1, "tokens": 2, "loss": 1.5, "lr": 0.1, "grad_norm": 1.0,
+       "tokens_per_second": 9.0, "time": 1.0}  # fmt: skip
+MEASURED = {"bits_per_byte": 1.0, "loss": 1.0, "perplexity": 2.0, "accuracy": 0.5,
+            "target_tokens": 3, "bytes": 4}  # fmt: skip
+EVALUATION = {
+    "split": "test", "step": 1, "task": "chat", "metrics": MEASURED, "base": MEASURED,
+    "yardsticks": {
+        "xz": {"bits_per_byte": 1.0, "primed_bits_per_byte": None, "train_bytes": 3},
+        "ngram": {"bits_per_byte": 1.0, "order": 8, "train_bytes": 3},
+    },
+    "samples": [{"prompt": "a", "output": "b", "reference": None, "base_output": "c"}],
+    "generation": {"temperature": 0.7},
+}  # fmt: skip
+PROVENANCE = {
+    "created": "2026", "command": ["a"], "cpu": "c", "cores": 2, "world": 1, "threads": 1,
+    "parameters": 3, "trainable_parameters": 2, "seconds": 1.5, "versions": {"torch": "2"},
+    "git": {"commit": "0", "dirty": False}, "zero": {"stage": 1}, "backends": {"a": "cpu"},
+    "accelerate": {"replaced": {"m": ["rms_norm", "cpu"]}, "left_alone": {"n": "why"}},
+}  # fmt: skip
+
+# Values that a key does not expect, small and absurd.
+ODD = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.sampled_from([10**18, -1, 0, 2**63, 10**400]),
+    st.floats(),
+    st.text(max_size=8),
+    st.sampled_from(["\0", "\n", "é" * 300, "1e5", "010", "../..", "a/b", "nan"]),
+    st.lists(st.integers(), max_size=2),
+    st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+    st.recursive(st.none(), lambda inner: st.lists(inner, max_size=2), max_leaves=8),
+)
+
+
+def paths(tree: Any, here: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Every place in a tree of plain data."""
+    branches = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    found = [here] if here else []
+    for key, branch in branches:
+        found += paths(branch, (*here, key)) if isinstance(branch, dict | list) else [(*here, key)]
+    return found
+
+
+@st.composite
+def harmed(draw: Any, tree: Any) -> Any:
+    """The tree with one to three of its places changed, dropped, renamed or added to."""
+    tree = json.loads(json.dumps(tree))
+    for _ in range(draw(st.integers(1, 3))):
+        path = draw(st.sampled_from(paths(tree) or [("a",)]))
+        node = tree
+        for key in path[:-1]:
+            node = node[key]
+        how = draw(st.sampled_from(["change", "drop", "add"]))
+        if how == "change" or not isinstance(node, dict):
+            node[path[-1]] = draw(ODD)
+        elif how == "drop":
+            node.pop(path[-1], None)
+        else:
+            node[draw(st.text(max_size=4))] = draw(ODD)
+    return tree
+
+
+def texts(tree: Any, dump: Callable[[Any], str]) -> st.SearchStrategy[bytes]:
+    """A harmed tree as a file; the same with bytes cut off or put in; any bytes at all."""
+
+    @st.composite
+    def broken(draw: Any) -> bytes:
+        whole = dump(draw(harmed(tree))).encode(errors="replace")
+        place = draw(st.integers(0, len(whole)))
+        return bytes(whole[:place] + draw(st.binary(max_size=3)) + whole[place + 1 :])
+
+    whole = harmed(tree).map(lambda t: dump(t).encode(errors="replace"))
+    return st.one_of(whole, whole, broken(), st.binary(max_size=40))
+
+
+def read_run(folder: Path) -> None:
+    build_report([Run(folder)], folder / "report.html")
+
+
+def as_yaml(tree: Any) -> str:
+    return yaml.safe_dump(tree, allow_unicode=True)
+
+
+READERS: dict[str, tuple[str, st.SearchStrategy[bytes], Callable[[Path], object]]] = {
+    "recipe": ("r.yaml", texts(RECIPE, as_yaml), lambda f: load_recipe(f / "r.yaml")),
+    "override": (
+        "override",
+        st.builds(
+            lambda path, value: b"=".join([".".join(map(str, path)).encode(), value]),
+            st.sampled_from([*paths(RECIPE), ("data", "sources", "\u00b2"), (), ("", "a")]),
+            texts(RECIPE["training"], lambda t: as_yaml(t).replace("\n", ", ")),
+        ),
+        lambda f: load_recipe(f / "recipe.yaml", [os.fsdecode((f / "override").read_bytes())]),
+    ),
+    "manifest": (
+        "data/manifest.json",
+        texts(MANIFEST, json.dumps),
+        lambda f: (
+            read_json(f / "data" / "manifest.json", DataManifest),
+            PreparedData.open(f / "data").fingerprint,
+        ),
+    ),
+    "reported manifest": ("data/manifest.json", texts(MANIFEST, json.dumps), read_run),
+    "metrics": ("metrics.jsonl", texts(ROW, lambda t: f"{json.dumps(t)}\n{json.dumps(ROW)}\n"),
+                lambda f: (Run(f).read_metrics(), read_run(f))),
+    "evaluation": ("evaluation.json", texts(EVALUATION, json.dumps), read_run),
+    "provenance": ("provenance.json", texts(PROVENANCE, json.dumps), read_run),
+    "hostfile": (
+        "hosts",
+        st.one_of(
+            st.binary(max_size=60),
+            st.lists(st.sampled_from(["a", "-o", " ", "slots=", "1", "\n", "\r", "#", "é", "0"]))
+            .map(lambda parts: "".join(parts).encode()),
+        ),
+        lambda f: read_hostfile(f / "hosts"),
+    ),
+}  # fmt: skip
+
+
+def drive(name: str, folder: Path, examples: int) -> None:
+    file, content, reader = READERS[name]
+    (folder / "data").mkdir()
+    (folder / "recipe.yaml").write_text(as_yaml(RECIPE))
+
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(content)
+    def check(text: bytes) -> None:
+        (folder / file).write_bytes(text)
+        try:
+            reader(folder)
+        except UserError as error:
+            told = str(error)
+            assert told.count("\n") < 30
+            assert all(len(line) < 1000 for line in told.splitlines())
+            told.encode()
+
+    check()
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_any_content_is_read_or_refused(name: str, tmp_path: Path) -> None:
+    drive(name, tmp_path, 200)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", READERS)
+def test_any_content_is_read_or_refused_at_length(name: str, tmp_path: Path) -> None:
+    drive(name, tmp_path, 2000)

@@ -1,0 +1,213 @@
+"""What the JSON files that gradsmith reads look like, for `gradsmith.reading`.
+
+A shape names the keys that are used and the types that they must have; further keys may stand
+beside them. The files are ours, but whoever hands a run's folder on may have changed them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Pair = Annotated[list[str], Field(min_length=2, max_length=2)]
+Number = float  # or a whole number; NaN and infinity are what a run that diverged says
+
+
+class Shape(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class File(Shape):
+    bytes: Count
+    sha256: str
+
+
+# ------------------------------------------------------------------------------------- data/
+
+
+class LedgerRow(Shape):
+    step: str
+    what: str
+    documents: Count
+    tokens: Count = 0
+    reason: str = ""
+    source: str = ""
+
+
+class SourceEntry(Shape):
+    kind: str = ""
+    path: str | None = None
+    files: Count | None = None
+    bytes: Count | None = None
+
+
+class TokenizerEntry(Shape):
+    files: dict[str, File]
+
+
+class SplitCounts(Shape):
+    documents: Count
+    tokens: Count
+    target_tokens: Count
+    bytes: Count
+
+
+class SplitEntry(SplitCounts):
+    eos_targets: Count
+    files: dict[str, File]
+
+
+Split = Literal["train", "validation", "test"]
+
+
+class DataSummary(Shape):
+    """What a report shows of data/manifest.json"""
+
+    data_hash: str = ""
+    ledger: list[LedgerRow] = []
+    sources: list[SourceEntry] = []
+    splits: dict[Split, SplitCounts] = {}
+
+
+class DataManifest(Shape):
+    """data/manifest.json"""
+
+    format: str
+    task: Literal["language_modeling", "chat"]
+    data_hash: str
+    vocab_size: Annotated[int, Field(ge=1, le=2**31)]
+    bos_id: Count
+    eos_id: Count
+    pad_id: Count
+    sequence_length: Count
+    tokenizer: TokenizerEntry
+    sources: list[SourceEntry]
+    splits: dict[Split, SplitEntry]
+
+
+# ------------------------------------------------------------------------- what a run reports
+
+
+class MetricsRow(Shape):
+    """A line of metrics.jsonl"""
+
+    kind: str
+    step: Count
+    tokens: Count = 0
+    loss: Number | None = None
+    lr: Number | None = None
+    grad_norm: Number | None = None
+    tokens_per_second: Number | None = None
+    bits_per_byte: Number | None = None
+    accuracy: Number | None = None
+    time: Number | None = None
+
+
+class Measured(Shape):
+    bits_per_byte: Number
+    loss: Number
+    perplexity: Number
+    accuracy: Number
+    target_tokens: Count
+    bytes: Count
+    rouge_l: Number = 0.0
+    rouge_l_pairs: Count = 0
+
+
+class Xz(Shape):
+    bits_per_byte: Number
+    primed_bits_per_byte: Number | None
+    train_bytes: Count
+
+
+class Ngram(Shape):
+    bits_per_byte: Number
+    order: Count
+    train_bytes: Count
+
+
+class Yardsticks(Shape):
+    xz: Xz = Xz(bits_per_byte=0, primed_bits_per_byte=None, train_bytes=0)
+    ngram: Ngram = Ngram(bits_per_byte=0, order=0, train_bytes=0)
+
+
+class Sample(Shape):
+    prompt: str
+    output: str
+    reference: str | None = None
+    base_output: str | None = None
+
+
+class Evaluation(Shape):
+    """evaluation.json"""
+
+    split: str
+    step: Count | None = None
+    task: str = ""
+    metrics: Measured
+    base: Measured | None = None
+    yardsticks: Yardsticks | None = None
+    samples: list[Sample] | None = None
+    generation: dict[str, Number] | None = None
+
+
+class Git(Shape):
+    commit: str = ""
+    dirty: bool = False
+
+
+class Accelerated(Shape):
+    replaced: dict[str, Pair] | None = None
+    left_alone: dict[str, str] | None = None
+
+
+class Provenance(Shape):
+    """provenance.json"""
+
+    created: str = ""
+    command: list[str] = []
+    python: str = ""
+    platform: str = ""
+    cpu: str | None = None
+    cores: Count | None = None
+    threads: Count = 1
+    world: Count = 1
+    parameters: Count = 0
+    trainable_parameters: Count = 0
+    seconds: Number = 0.0
+    versions: dict[str, str] = {}
+    git: Git | None = None
+    zero: dict[str, Any] | None = None
+    backends: dict[str, Any] | None = None
+    accelerate: Accelerated | None = None
+
+
+# ----------------------------------------------------------------------------- models' folders
+
+
+class ModelConfig(Shape):
+    """config.json of a model"""
+
+    model_type: str
+    quantization_config: dict[str, Any] | None = None
+
+
+class AdapterConfig(Shape):
+    """adapter_config.json of peft"""
+
+    peft_type: str
+    base_model_name_or_path: str
+
+
+class GenerationConfig(Shape):
+    """generation_config.json"""
+
+    eos_token_id: Count | list[Count] | None = None
+
+
+class WeightsIndex(Shape):
+    """model.safetensors.index.json"""
+
+    weight_map: dict[str, str]
