@@ -240,4 +240,5 @@ def _products_level() -> str | None:
     if found is None:
         return None
     levels = list(_BF16_OVER_FP32)
-    return min(found["isa"], _held_down() or levels[-1], key=levels.index)
+    held_down = levels.index(_held_down() or levels[-1])
+    return levels[min(levels.index(found["isa"]), held_down)]
