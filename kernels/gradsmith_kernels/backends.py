@@ -41,15 +41,6 @@ def interpreting() -> bool:
 
 
 @functools.cache
-def triton_before(major: int, minor: int) -> bool:
-    """Whether Triton is older: other compilers make other code, for which kernels take other tiles
-    or warps where registers would spill."""
-    import triton
-
-    return tuple(int(part) for part in triton.__version__.split(".")[:2]) < (major, minor)
-
-
-@functools.cache
 def missing(backend: str) -> str | None:
     """Why this machine does not have `backend`; None if it has it."""
     if backend == "cpu":
@@ -249,5 +240,5 @@ def _products_level() -> str | None:
     if found is None:
         return None
     levels = list(_BF16_OVER_FP32)
-    isa: str = found["isa"]
-    return min(isa, _held_down() or levels[-1], key=levels.index)
+    held_down = levels.index(_held_down() or levels[-1])
+    return levels[min(levels.index(found["isa"]), held_down)]

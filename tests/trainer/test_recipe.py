@@ -105,7 +105,11 @@ def test_a_good_recipe_fills_in_its_defaults() -> None:
         ("seed", -1, ["seed: found a whole number (-1)"]),
         ("name", "a/b", ['name: found text ("a/b")']),
         # not one of the choices
-        ("training.precision", "bf61", ["allowed are bf16, fp32, fp16", 'Did you mean "bf16"?']),
+        (
+            "training.precision",
+            "bf61",
+            ["allowed are auto, bf16, fp32, fp16", 'Did you mean "bf16"?'],
+        ),
         (
             "training.zero.stage",
             4,
