@@ -458,11 +458,12 @@ def test_eager_attention_gives_its_weights_to_a_call_that_asks_for_them(kind):
     def weights(model):
         return [*model(**asked).attentions, *model.base_model(**asked).attentions]
 
-    expected = weights(model)
-    assert expected[0].shape == (2, 4, 10, 10)
+    # Of a twin: the hooks by which transformers captures weights, once there, cannot be pickled.
+    expected = weights(copy.deepcopy(model))
+    assert expected[0].shape[:1] + expected[0].shape[2:] == (2, 10, 10)
     report = accelerate(model)
     assert {"attention", "linear_cross_entropy"} <= ops_in(report).keys()
-    for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+    for twin in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model), model):
         for one, other in zip(weights(twin), expected, strict=True):
             torch.testing.assert_close(one, other)
         assert twin.config._attn_implementation == "gradsmith"
