@@ -41,6 +41,15 @@ def interpreting() -> bool:
 
 
 @functools.cache
+def triton_before(major: int, minor: int) -> bool:
+    """Whether Triton is older: other compilers make other code, for which kernels take other tiles
+    or warps where registers would spill."""
+    import triton
+
+    return tuple(int(part) for part in triton.__version__.split(".")[:2]) < (major, minor)
+
+
+@functools.cache
 def missing(backend: str) -> str | None:
     """Why this machine does not have `backend`; None if it has it."""
     if backend == "cpu":
