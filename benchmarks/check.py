@@ -49,8 +49,8 @@ def propose(measured: dict[str, float], machine_kind: str) -> str:
     return "\n".join([f"[{machine_kind}]", *lines])
 
 
-def latest(folder: Path) -> Path | None:
-    return max(folder.glob("*.json"), default=None)
+def latest(folder: Path, machine_kind: str) -> Path | None:
+    return max(folder.glob(f"*-{machine_kind}.json"), default=None)
 
 
 def main() -> int:
@@ -59,7 +59,7 @@ def main() -> int:
     arguments = parser.parse_args()
 
     machine = describe("cuda" if torch.cuda.is_available() else "cpu")
-    path = latest(results_folder(machine))
+    path = latest(results_folder(machine), kind(machine))
     if path is None:
         bench = "make gpu" if machine["device"] == "cuda" else "make bench"
         print(f"{results_folder(machine)}: no results there; run {bench} first", file=sys.stderr)

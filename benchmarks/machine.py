@@ -16,6 +16,11 @@ from typing import Any
 
 import torch
 
+from gradsmith_kernels.backends import native
+
+from . import VARIABLES
+
+HOLDS = ("GRADSMITH_ISA", *VARIABLES)
 ROOT = Path(__file__).resolve().parent
 LIBRARIES = ("torch", "triton", "numpy", "transformers", "peft", "deepspeed")
 
@@ -93,11 +98,18 @@ def _median(call: Call, clock: Clock) -> float:
 
 
 def describe(device: str) -> dict[str, Any]:
-    """Provenance: hardware, threads, versions, commit, and how busy the machine was."""
+    """Provenance: hardware, threads, versions, commit, and how busy the machine was.
+
+    isa: the level of our native module; held_down: the variables that hold it, torch's and its
+    libraries' down to less than the machine has.
+    """
+    found = native()
+    level = found["isa"] if found else torch.backends.cpu.get_cpu_capability().lower()
     machine: dict[str, Any] = {
         "device": device,
         "cpu": _cpu_model(),
-        "isa": torch.backends.cpu.get_cpu_capability(),
+        "isa": level,
+        "held_down": {name: os.environ[name] for name in HOLDS if name in os.environ},
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
@@ -115,8 +127,10 @@ def describe(device: str) -> dict[str, Any]:
 
 
 def kind(machine: dict[str, Any]) -> str:
-    """Which floors apply: a GPU's model, or a CPU's instruction set."""
-    return slug(machine["gpu"]) if machine["device"] == "cuda" else f"cpu-{slug(machine['isa'])}"
+    """Which floors apply: a GPU's model, or a CPU's instruction set (with BF16 or without)."""
+    if machine["device"] == "cuda":
+        return slug(machine["gpu"])
+    return f"cpu-{slug(machine['isa']).removesuffix('bf16')}"
 
 
 def results_folder(machine: dict[str, Any]) -> Path:
@@ -126,7 +140,7 @@ def results_folder(machine: dict[str, Any]) -> Path:
 def write_results(
     machine: dict[str, Any], rates: dict[str, float], rows: list[dict[str, Any]]
 ) -> Path:
-    path = results_folder(machine) / f"{time.strftime('%Y-%m-%d')}.json"
+    path = results_folder(machine) / f"{time.strftime('%Y-%m-%d')}-{kind(machine)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     results = {"machine": machine, "rates": rates, "rows": rows}
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -47,6 +47,7 @@ def flops_per_token(model: Any, sequence_length: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("run")
+    parser.add_argument("precision", choices=DTYPES)
     parser.add_argument("--compile", action="store_true")
     arguments = parser.parse_args()
 
@@ -66,7 +67,7 @@ def main() -> None:
     )
     loader = Loader(sequences, seed=recipe.seed, global_batch=training.global_batch)
 
-    dtype = DTYPES[training.precision]
+    dtype = DTYPES[arguments.precision]
     base = base_of(run, recipe).place
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).train()
     if adapter is not None:

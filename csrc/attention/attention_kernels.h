@@ -2,7 +2,7 @@
 #pragma once
 
 #include "attention/attention.h"
-#include "common/matrix.h"
+#include "common/packing.h"
 
 extern "C" double log(double);
 

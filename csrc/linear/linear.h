@@ -1,4 +1,4 @@
-// The products of a linear layer: its output, its input's and its weight's gradient.
+// The products of a linear layer in 16 bits: its output, its input's and its weight's gradient.
 //
 //   c [rows, columns] = a b + bias,  summed over `depth` in float32, rounded once
 //
@@ -37,6 +37,6 @@ struct LinearKernels {
                    int64_t columns, const void* packed, void* packed_rows, float* sums);
 };
 
-// By dtype code (common/dtype.h), per instruction set.
-extern const LinearKernels linear_portable[3], linear_avx2[3], linear_avx512[3],
-    linear_avx512bf16[3], linear_amx[3];
+// For bfloat16 and float16, per instruction set. float32 stays with torch (docs/log.md, "Linear").
+extern const LinearKernels linear_portable[2], linear_avx2[2], linear_avx512[2],
+    linear_avx512bf16[2], linear_amx[2];

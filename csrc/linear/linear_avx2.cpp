@@ -1,5 +1,4 @@
 #include "linear/linear_kernels.h"
 
-const LinearKernels linear_avx2[3] = {
-    LinearOf<LongSums, F32>::table(), LinearOf<WidenedEngine, BF16>::table(),
-    LinearOf<WidenedEngine, F16>::table()};
+const LinearKernels linear_avx2[2] = {LinearOf<WidenedEngine, BF16>::table(),
+                                      LinearOf<WidenedEngine, F16>::table()};

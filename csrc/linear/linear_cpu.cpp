@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "common/cpu.h"
+#include "common/dtype.h"
 #include "common/parallel.h"
 #include "common/workspace.h"
 
@@ -11,9 +12,10 @@ namespace {
 
 const LinearKernels& kernels(int dtype) {
 #if defined(__x86_64__)
-  return pick(linear_portable, linear_avx2, linear_avx512, linear_avx512bf16, linear_amx)[dtype];
+  return pick(linear_portable, linear_avx2, linear_avx512, linear_avx512bf16,
+              linear_amx)[dtype - kBFloat16];
 #else
-  return linear_portable[dtype];
+  return linear_portable[dtype - kBFloat16];
 #endif
 }
 

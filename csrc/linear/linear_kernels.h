@@ -1,15 +1,10 @@
 // The kernel bodies. Included once for each instruction set, compiled with its flags.
 #pragma once
 
-#include "common/matrix.h"
+#include "common/packing.h"
 #include "linear/linear.h"
 
 namespace {
-
-// A sum in float32 is as long as a piece of the depth: torch's are no shorter.
-struct LongSums : FloatEngine {
-  static constexpr int kDepthMost = WidenedEngine::kDepthMost;
-};
 
 template <class Engine, class X>
 struct LinearOf {

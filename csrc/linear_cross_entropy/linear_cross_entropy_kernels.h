@@ -1,7 +1,7 @@
 // The kernel bodies. Included once for each instruction set, compiled with its flags.
 #pragma once
 
-#include "common/matrix.h"
+#include "common/packing.h"
 #include "linear_cross_entropy/linear_cross_entropy.h"
 
 namespace {

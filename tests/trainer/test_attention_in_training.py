@@ -98,7 +98,7 @@ def test_every_phase_uses_it(tiny: Tiny, stage: int) -> None:
     ops.add("gradsmith::rope")  # which is its own backward pass
     assert ops <= step
     assert "aten::scaled_dot_product_attention" not in step
-    assert ops <= ops_called(lambda: loop.validate(session, 0.0))
+    assert ops <= ops_called(lambda: loop.validate(session))
 
     loop.train(recipe)
     trained, tokenizer = load_for_inference(recipe.output)

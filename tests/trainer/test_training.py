@@ -264,7 +264,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(tiny: Tiny, tmp_path: Path) 
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1, errors
+    assert process.returncode == 128 + signal.SIGTERM, errors
     assert "the same command goes on" in errors
     newest = checkpoint.newest(run)[0]
     assert newest is not None

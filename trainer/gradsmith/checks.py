@@ -101,7 +101,9 @@ def check_recipe(
     with _collect(problems):
         model = describe_model(recipe, fresh)
     if problems or model is None:
-        raise UserError("\n".join([f"{recipe.name}:", *(f"  {problem}" for problem in problems)]))
+        raise UserError(
+            "\n".join([f"{recipe.name}:", *(f"  {problem}" for problem in dict.fromkeys(problems))])
+        )
 
     training = recipe.training
     tokens_per_step = training.global_batch * recipe.data.sequence_length

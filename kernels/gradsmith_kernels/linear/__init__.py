@@ -25,8 +25,8 @@ def linear(
         x: (..., K), any floating dtype. Rows may have any stride.
         weight: (N, K), of x's dtype.
         bias: (N,), of x's dtype, or None.
-        backend: reference (torch's products) or cpu (all three by csrc/linear; float32,
-            bfloat16, float16); None chooses as above.
+        backend: reference (torch's products) or cpu (all three by csrc/linear; bfloat16
+            and float16); None chooses as above.
 
     Returns:
         y: (..., N), contiguous, of x's dtype, under autocast too. Sums are in float32 and rounded

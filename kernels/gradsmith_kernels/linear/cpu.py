@@ -1,4 +1,4 @@
-"""The linear layer's products on the CPU: csrc/linear."""
+"""The linear layer's products in 16 bits on the CPU: csrc/linear."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from gradsmith_kernels.native import DTYPE_CODES, as_rows
 
 # With fewer, packing the weight costs more than the product; of 16 rows on, torch's slow loop
 # costs more than both.
-def _too_few(rows: int, dtype: torch.dtype) -> bool:
-    slow = dtype != torch.float32 and _native.isa() == "avx2"
-    return rows < (16 if slow else 64)
+def _too_few(rows: int) -> bool:
+    return rows < (16 if _native.isa() == "avx2" else 64)
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = x.numel() // max(1, x.shape[-1])
-    if _too_few(rows, x.dtype) or not x.numel() or not weight.numel():
+    if _too_few(rows) or not x.numel() or not weight.numel():
         return reference.forward(x, weight, bias)
     y = x.new_empty((*x.shape[:-1], len(weight)))
     _product(y, (as_rows(x), False), (as_rows(weight), True), bias, x.shape[-1])
@@ -30,7 +29,7 @@ def backward(
     dy: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = x.numel() // max(1, x.shape[-1])
-    if _too_few(rows, x.dtype) or not x.numel() or not weight.numel():
+    if _too_few(rows) or not x.numel() or not weight.numel():
         return reference.backward(dy, x, weight, needs)
     of_dy, of_x = as_rows(dy), as_rows(x)
     dx = x.new_empty(x.shape if needs[0] else 0)

@@ -33,7 +33,7 @@ OP = _LinearOp(
     "linear",
     {
         "reference": Implementation(f"{__package__}.reference", FLOATS),
-        "cpu": Implementation(f"{__package__}.cpu", FLOATS[:3]),
+        "cpu": Implementation(f"{__package__}.cpu", (torch.bfloat16, torch.float16)),
     },
 )
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
+import os
+import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -59,18 +63,36 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Any:
 def _interruptible(work: Callable[[], object]) -> None:
     """Runs `work` on another thread: Rust does not look for signals, and this thread does."""
     failed: list[BaseException] = []
+    ended = threading.Event()  # an interrupted `join` takes a thread for ended that is not
 
     def run() -> None:
         try:
             work()
         except BaseException as error:
             failed.append(error)
+        ended.set()
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    thread.join()
+    try:
+        ended.wait()
+    except KeyboardInterrupt:
+        atexit.register(_end_process_unless, ended)
+        raise
     if failed:
         raise failed[0]
+
+
+def _end_process_unless(ended: threading.Event) -> None:
+    """Ends the process, as Ctrl-C does, while a thread is in Rust.
+
+    Python would end such a thread when it next asks for the interpreter, by unwinding its stack,
+    which Rust does not let through: the process would abort.
+    """
+    if not ended.is_set():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(128 + signal.SIGINT)
 
 
 def find_tokenizer(path: str, key: str) -> str:
