@@ -128,7 +128,7 @@ def check_recipe(
         length=length,
         precision=recipe.training.precision,
         precision_asked=asked,
-        precision_price=precision_price(recipe.training.precision),
+        precision_price=precision_price(recipe),
     )
 
 

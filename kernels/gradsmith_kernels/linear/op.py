@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import platform
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradsmith_kernels.backends import Implementation, Op, native, torch_multiplies_bf16
+from gradsmith_kernels.backends import X86, Implementation, Op, native, torch_multiplies_bf16
 from gradsmith_kernels.registration import differentiable
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -40,7 +39,7 @@ OP = _LinearOp(
 
 def _isa(device: str) -> str | None:
     """The instruction set of the native module on an x86 CPU, else None."""
-    found = native() if device == "cpu" and platform.machine() in ("x86_64", "AMD64") else None
+    found = native() if device == "cpu" and X86 else None
     if found is None:
         return None
     isa: str = found["isa"]

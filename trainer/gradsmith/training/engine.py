@@ -323,16 +323,17 @@ def settle_precision(recipe: Recipe, going_on: Recipe | None = None) -> Recipe:
     if going_on is not None and going_on.training.precision != "auto":
         precision = going_on.training.precision
     else:
-        precision = "bf16" if fast_bf16(device()).fast else "fp32"
+        precision = "bf16" if fast_bf16(device(), recipe.model.kernels).fast else "fp32"
     training = training.model_copy(update={"precision": precision})
     return recipe.model_copy(update={"training": training})
 
 
-def precision_price(precision: str) -> str | None:
+def precision_price(recipe: Recipe) -> str | None:
     """What a precision costs here that is not the device's fastest; None where it costs nothing."""
     from gradsmith_kernels.backends import fast_bf16
 
-    bf16 = fast_bf16(device())
+    precision = recipe.training.precision
+    bf16 = fast_bf16(device(), recipe.model.kernels)
     if precision == "fp32" and bf16.fast and bf16.ratio is not None:
         return f"fp32 on {bf16.device}: about {bf16.ratio:.2g} times slower than bf16"
     if precision == "bf16" and not bf16.fast:

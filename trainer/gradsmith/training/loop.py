@@ -347,7 +347,7 @@ def _build(recipe: Recipe, run: Run, fresh: bool | str) -> Session:
     if start is not None:
         _resume(session, start)
     if engines.rank() == 0:
-        price = engines.precision_price(recipe.training.precision)
+        price = engines.precision_price(recipe)
         run.rewind_metrics(session.step)
         run.write_provenance(
             parameters=total,
