@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gradsmith_kernels.backends import torch_multiplies_bf16
 from gradsmith_kernels.linear import linear
 from gradsmith_kernels.linear.op import FLOATS, OP
 from gradsmith_kernels.spec import (
@@ -68,6 +69,13 @@ def sample(
     label = f"{'x'.join(map(str, shape))} to {outputs} {str(dtype).removeprefix('torch.')}"
     label += (", bias" if bias else "") + ("" if layout == "contiguous" else f", {layout}")
     return Sample(label, dtype, partial(make_inputs, shape, outputs, dtype, bias, layout))
+
+
+def with_float32(shape: tuple[int, ...], outputs: int, device: torch.device) -> Inputs:
+    """Inputs in bfloat16, and the same numbers for a peer that multiplies in float32."""
+    inputs = make_inputs(shape, outputs, torch.bfloat16, False, "contiguous", device)
+    wide = {name: None if x is None else x.float() for name, x in inputs.items()}
+    return {**inputs, "float32": wide}
 
 
 Function = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -131,15 +139,18 @@ class LinearSpec(Spec):
 
     def bench_cases(self) -> list[BenchCase]:
         cases = []
-        for rows, size, outputs in ((4096, 768, 4096), (2048, 768, 32000)):
-            inputs = partial(
-                make_inputs, (rows, size), outputs, torch.bfloat16, False, "contiguous"
-            )
+        for rows, size, outputs in (
+            (2048, 384, 1024),
+            (4096, 768, 2048),
+            (4096, 768, 4096),
+            (2048, 768, 32000),
+        ):
+            inputs = partial(with_float32, (rows, size), outputs)
             shape = f"{rows}x{size} to {outputs} bfloat16"
             moved = 2 * (rows * size + outputs * size + rows * outputs)
-            check = partial(
-                check_parity, self, sample((80, 48), 1650, torch.bfloat16, bias=True), None
-            )
+            work = rows * size * outputs
+            # A minute a call where torch multiplies bfloat16 in a slow loop.
+            slow = work > 10**9 and not torch_multiplies_bf16()
 
             def case(
                 name: str,
@@ -149,24 +160,33 @@ class LinearSpec(Spec):
                 shape: str = shape,
                 inputs: Callable[[torch.device], Inputs] = inputs,
                 moved: int = moved,
-                work: int = rows * size * outputs,
-                check: Callable[[torch.device], None] = check,
+                work: int = work,
+                slow: bool = slow,
             ) -> BenchCase:
+                peers = {"torch float32": lambda inputs: peer(inputs["float32"])}
+                if not slow:
+                    peers["torch"] = peer
                 return BenchCase(
                     f"linear {name} {shape}",
                     inputs,
                     timed,
-                    {"torch": peer},
+                    peers,
                     products * moved,
                     2 * products * work,
-                    check,
+                    partial(
+                        check_parity, self, sample((80, 48), 1650, torch.bfloat16, bias=True), None
+                    ),
                 )
 
             cases += [
+                case("forward", self._forward, lambda i: F.linear(i["x"], i["weight"]), 1),
                 case("dweight", self._dweight, lambda i: i["dy"].t() @ i["x"], 1),
                 case("forward+backward", self.run, self.naive, 3),
             ]
         return cases
+
+    def _forward(self, inputs: Inputs, backend: str | None) -> Tensor:
+        return linear(inputs["x"], inputs["weight"], backend=backend)
 
     def _dweight(self, inputs: Inputs, backend: str | None) -> Tensor:
         needs = (False, True, False)
