@@ -36,7 +36,7 @@ struct LinearCrossEntropyChunk {
   float *top, *sum, *total;  // [blocks][rows]: maximum, sum of exp(z - maximum), sum of z
   float* target_logit;       // [rows]
   void* dlogits;             // [slots][padded rows][kVocabularyBlock]
-  void* weight_paired;       // [slots][panels][kVocabularyBlock / kPair words][ditto]
+  void* weight_paired;       // [slots][panels][kVocabularyBlock / kPair words][of a panel]
 };
 
 constexpr int64_t kVocabularyBlock = 256;
@@ -52,8 +52,9 @@ struct LinearCrossEntropySizes {
 
 struct LinearCrossEntropyKernels {
   LinearCrossEntropySizes (*sizes)(int64_t rows, int64_t size);
-  // The panel's columns of the chunk's hidden states, by rows (panel 0 alone) and paired.
-  void (*pack_hidden)(const LinearCrossEntropy&, const LinearCrossEntropyChunk&, int64_t panel,
+  // Columns of the chunk's hidden states from `column`, a multiple of kPackedColumns, on: paired,
+  // and of column 0 also all of them by rows.
+  void (*pack_hidden)(const LinearCrossEntropy&, const LinearCrossEntropyChunk&, int64_t column,
                       bool paired);
   // A block of logits into `logits`, and with a.loss its top, sum, total and targets.
   void (*logits)(const LinearCrossEntropy&, const LinearCrossEntropyChunk&, int64_t block,
