@@ -16,7 +16,7 @@ from ..run import Run
 from .generate import Prompt, complete, encode_prompt, encode_text
 
 if TYPE_CHECKING:
-    from ..data.shards import PreparedData
+    from ..data.prepared import PreparedData
     from ..models.base import Model
     from ..recipe import Recipe
 
@@ -50,7 +50,7 @@ def evaluate(run: Run | str | Path, *, split: str = "test") -> dict[str, Any]:
 
 
 def _evaluate(run: Run, split: str) -> dict[str, Any]:
-    from ..data.shards import PreparedData
+    from ..data.prepared import PreparedData
     from ..models.base import open_model
 
     recipe = run.recipe()
@@ -147,16 +147,14 @@ def _measure(
     model: Any,
 ) -> tuple[dict[str, Any], list[str]]:
     """The metrics of one model, and what it says to what it is asked."""
-    from .metrics import evaluate_split
+    from ..tasks import make_task
+    from .measure import measure
 
-    metrics: dict[str, Any] = evaluate_split(
-        model,
-        prepared,
-        split,
-        sequence_length=recipe.data.sequence_length,
-        packing=recipe.data.packing,
-        batch=recipe.training.micro_batch,
-    )
+    processor = prepared.processor(recipe)
+    task = make_task(recipe, processor)
+    dataset = processor.dataset(prepared.split(split))
+    sums = measure(task, model, dataset, batch=recipe.training.micro_batch)
+    metrics: dict[str, Any] = task.summarize(sums)
     generation = recipe.evaluation.generation
 
     def outputs(questions: Sequence[Question], temperature: float) -> list[str]:
