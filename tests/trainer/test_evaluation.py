@@ -10,9 +10,10 @@ import torch
 from gradsmith.data.loader import Batch, evaluation_batches
 from gradsmith.data.packing import Sequences
 from gradsmith.data.prepare import prepare
-from gradsmith.evaluation.evaluate import rouge_l, target_text
 from gradsmith.evaluation.metrics import SUMS, batch_sums, evaluate_split, summarize
 from gradsmith.recipe import parse_recipe
+from gradsmith.tasks.language_modeling.baselines import target_text
+from gradsmith.tasks.language_modeling.samples import rouge_l
 
 
 def tiny_llama(vocab_size: int, seed: int = 0, dtype: torch.dtype = torch.float32):

@@ -4,14 +4,17 @@ import html
 import json
 import math
 import re
+from dataclasses import asdict
 from html.parser import HTMLParser
 
 import pytest
 
+from gradsmith.evaluation.blocks import BASE, OURS
 from gradsmith.recipe import parse_recipe
 from gradsmith.report.build import build_report
 from gradsmith.report.plots import Chart, Series, draw, label, log_ticks, smooth, thin, ticks
 from gradsmith.run import Run, read_json, write_json
+from gradsmith.tasks.language_modeling.examine import definitions, lead, note
 
 EVIL = '</pre><script>alert("x")</script><img src=x onerror=alert(1)> & \'quoted\' "'
 VOID = {"meta", "line", "circle", "path", "rect", "img", "br"}
@@ -107,17 +110,31 @@ def make_run(folder, steps=60, evaluated=True, prepared=True, **model) -> Run:
             "loss": 2.0, "perplexity": math.exp(2), "bits_per_byte": 1.25, "accuracy": 0.5,
             "target_tokens": 4314, "bytes": 123_456, "sequences": 9,
         }  # fmt: skip
-        xz = {"bits_per_byte": 2.5, "primed_bits_per_byte": 1.0, "train_bytes": 8_400_000}
-        ngram = {"bits_per_byte": 1.0, "order": 8, "train_bytes": 2_000_000}
         before = {"bits_per_byte": 2.0, "loss": 4.0, "accuracy": 0.25}
-        base = {**metrics, **before} if model else None
+        results = [{"name": OURS, "values": metrics, "ours": True}]
+        if model:
+            results.append({"name": BASE, "values": metrics | before, "note": "before fine-tuning"})
+        baselines = [
+            {"name": "xz -9e", "values": {"bits_per_byte": 2.5}},
+            {"name": "xz -9e behind 8.4 MB of training text", "values": {"bits_per_byte": 1.0}},
+            {"name": "byte 8-gram", "values": {"bits_per_byte": 1.0}, "note": "Kneser-Ney"},
+        ]
+        sample = [
+            {"name": "It begins", "text": EVIL},
+            {"name": "on", "text": EVIL, "ours": True},
+            {"name": "as it was", "text": EVIL},
+        ]
+        if model:
+            sample.append({"name": "the base", "text": EVIL})
+        chat = bool(model)
         write_json(
             run.evaluation_path,
-            {"split": "test", "task": "chat" if model else "language_modeling",
-             "metrics": metrics, "base": base, "yardsticks": {"xz": xz, "ngram": ngram},
-             "samples": [{"prompt": EVIL, "output": EVIL, "reference": EVIL,
-                          "base_output": EVIL if model else None}],
-             "generation": {"temperature": 0.7, "seed": 1}},
+            {"split": "test", "task": "chat" if chat else "language_modeling",
+             "metrics": metrics, "results": [*results, *baselines],
+             "definitions": [asdict(m) for m in definitions(metrics, chat)],
+             "blocks": [{"kind": "samples", "title": "Samples", "samples": [sample],
+                         "settings": {"temperature": 0.7, "seed": 1}}],
+             "lead": lead(results, chat), "note": note(metrics, "test", baselines, chat)},
         )  # fmt: skip
     return run
 
@@ -152,9 +169,14 @@ def test_a_whole_report_of_two_runs(tmp_path):
 def test_blank_samples_are_left_out_and_counted(tmp_path):
     run = make_run(tmp_path / "a")
     found = read_json(run.evaluation_path)
-    sample = {"prompt": "a prompt", "output": "an output", "reference": None, "base_output": None}
-    blank = {"prompt": "of a blank one", "output": " \n\t", "reference": None, "base_output": None}
-    write_json(run.evaluation_path, {**found, "samples": [sample, blank, blank]})
+
+    def sample(prompt: str, output: str) -> list[dict]:
+        return [{"name": "p", "text": prompt}, {"name": "o", "text": output, "ours": True}]
+
+    blank = sample("of a blank one", " \n\t")
+    (block,) = found["blocks"]
+    samples = [sample("a prompt", "an output"), blank, blank]
+    write_json(run.evaluation_path, {**found, "blocks": [{**block, "samples": samples}]})
     _, page = build([run], tmp_path)
     assert "an output" in page.text
     assert "of a blank one" not in page.text

@@ -103,6 +103,30 @@ def evaluate_split(
         loss (nats per target token), perplexity, bits_per_byte, accuracy, target_tokens, bytes,
         sequences.
     """
+    return summarize(
+        split_sums(
+            model,
+            prepared,
+            split,
+            sequence_length=sequence_length,
+            packing=packing,
+            batch=batch,
+            limit=limit,
+        )
+    )
+
+
+def split_sums(
+    model: Any,
+    prepared: PreparedData,
+    split: str,
+    *,
+    sequence_length: int,
+    packing: bool,
+    batch: int,
+    limit: int | None = None,
+) -> torch.Tensor:
+    """float64 (5,): the `SUMS` that `evaluate_split` summarizes."""
     from ..data.loader import evaluation_batches
     from ..data.packing import Sequences
 
@@ -122,4 +146,4 @@ def evaluate_split(
             total += batch_sums(model, rows, token_bytes)
     finally:
         model.train(was_training)
-    return summarize(total)
+    return total

@@ -33,6 +33,7 @@ from ..models.base import pin
 from ..models.build import build_model
 from ..recipe import Recipe
 from ..run import Run, check_output
+from ..tasks.language_modeling.examine import METRICS
 from . import checkpoint, guards
 from . import engine as engines
 
@@ -122,7 +123,9 @@ def _train(session: Session, stop: guards.StopRequest) -> dict[str, Any]:
     logged = (session.tokens, session.seconds)
     row: dict[str, Any] = {}
     due, crowded = False, True  # a checkpoint is to be written; there may be more than are kept
-    with TrainingProgress(recipe.name, session.total, session.step, minutes=minutes) as bar:
+    with TrainingProgress(
+        recipe.name, session.total, session.step, minutes=minutes, metrics=METRICS
+    ) as bar:
         while (progress := session.progress()) < 1:
             began = time.monotonic()
             rate = learning_rate(recipe, progress)

@@ -1,0 +1,1 @@
+"""What can be learned: a folder or a file each."""

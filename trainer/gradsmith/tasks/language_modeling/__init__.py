@@ -1,0 +1,1 @@
+"""Text from text: the next token, and with chat the answers alone."""
