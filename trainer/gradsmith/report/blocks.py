@@ -19,7 +19,9 @@ def draw(blocks: Iterable[dict[str, Any]]) -> Html:
     parts: list[Any] = []
     for kind, group in groupby(blocks, lambda block: block["kind"]):
         if kind == "chart":
-            parts.append(el("div", [chart(block) for block in group], class_="charts two below"))
+            parts.append(
+                el("div", [chart(block) for block in group], class_="charts figures below")
+            )
             continue
         for block in group:
             parts += [el("h3", block["title"]), DRAW[kind](block)]
@@ -134,7 +136,7 @@ def matrix(block: dict[str, Any]) -> Html:
                 f"{block['row_title']} {name}, {block['column_title']} {column}: "
                 f"{shown(value, ',.6g')}, {share:.1%} of the row"
             )
-            kinds = ["wrong"] * (same and i != j) + ["strong"] * (share > 0.5)
+            kinds = ["wrong"] * (same and i != j) + ["strong"] * (share > 0.7)
             cells.append(
                 el(
                     "td",

@@ -215,17 +215,19 @@ def _tiles(c: _Contents) -> Html | None:
 
 
 def _compared(metric: Metric, ours: float, other: float, name: str) -> str:
-    """ "50% below NAME"; shares are compared in points."""
+    """ "50% below NAME" of errors, which have no top; of what is to be great the difference."""
+    level, apart = blocks.shown(0.0, metric.format), abs(ours - other)
     if metric.format.endswith("%"):
-        points = 100 * (ours - other)
-        level, size = abs(points) < 0.05, f"{abs(points):.1f} points"
+        size = f"{100 * apart:.1f} points"
+        level = "0.0 points"
+    elif metric.greater_is_better:
+        size = blocks.shown(apart, metric.format)
     elif other > 0:
-        level, size = abs(ours / other - 1) < 0.005, f"{abs(ours / other - 1):.0%}"
+        level, size = "0%", f"{apart / other:.0%}"
     else:
         return f"{name} {blocks.shown(other, metric.format)}"
-    return (
-        f"level with {name}" if level else f"{size} {'below' if ours < other else 'above'} {name}"
-    )
+    side = "below" if ours < other else "above"
+    return f"level with {name}" if size == level else f"{size} {side} {name}"
 
 
 def _results(c: _Contents) -> Html | None:
@@ -271,7 +273,7 @@ def _curves(c: _Contents) -> Html | None:
     ]
     small = [*(_metric_chart(c, m) for m in named if m not in large), *small]
     for chart in small:
-        chart.width, chart.height = 340, 215
+        chart.width, chart.height = (340, 215) if len(small) < 4 else (270, 190)
     return join(
         [
             el("h3", "Curves"),

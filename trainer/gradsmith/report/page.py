@@ -112,6 +112,9 @@ nav a:hover { text-decoration: underline; }
 .tile.first b { color: var(--ember); font-size: 40px; line-height: 1.1; }
 .charts { display: grid; gap: 14px; margin-bottom: 14px; }
 .charts.two { grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr)); }
+.charts.figures {
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 400px), 1fr)); align-items: start;
+}
 .charts.three { grid-template-columns: repeat(auto-fit, minmax(min(100%, 230px), 1fr)); }
 .chart { margin: 0; padding: 14px 14px 8px; position: relative; }
 .chart figcaption { font-weight: 620; font-size: 14px; }
@@ -206,7 +209,8 @@ th:last-child, td:last-child { padding-right: 0; }
 }
 .matrix tbody td.strong { color: var(--card); }
 .matrix.dense { font-size: 9.5px; }
-.matrix.dense td { height: 18px; min-width: 19px; }
+.matrix tbody tr td:last-child { min-width: 42px; overflow-wrap: normal; }
+.matrix.dense tbody tr td { height: 18px; min-width: 19px; max-width: 19px; }
 .images {
   display: grid; gap: 14px; grid-template-columns: repeat(auto-fill, minmax(116px, 1fr));
 }

@@ -14,7 +14,8 @@ from ..evaluation.blocks import Metric
 from .blocks import shown
 
 SAMPLES, LINES = 2, 6  # as many samples, and lines of each text; the report has them whole
-BAR = 24  # columns of a bar
+COLUMNS = 16  # of a table or matrix; a wider one does not fit
+BAR = 24  # characters of a bar
 
 
 def format_evaluation(result: dict[str, Any]) -> RenderableType:
@@ -41,12 +42,12 @@ def _results(result: dict[str, Any]) -> Table:
 
 def draw(block: dict[str, Any]) -> Iterable[RenderableType]:
     """A block; what needs a picture is left to the report, and said to be there."""
-    yield Text(f"\n{block['title']}", "bold")
     functions = {"samples": _samples, "matrix": _matrix, "bars": _bars, "table": _table}
     function = functions.get(block["kind"])
-    if function is None:
-        yield Text("in the report (gradsmith report)", "dim")
+    if function is None or len(block.get("columns", [])) > COLUMNS:
+        yield Text(f"\n{block['title']}: in the report (gradsmith report)", "dim")
         return
+    yield Text(f"\n{block['title']}", "bold")
     yield from function(block)
     if block.get("note"):
         yield Text(block["note"], "dim")
@@ -86,7 +87,8 @@ def _bars(block: dict[str, Any]) -> Iterable[RenderableType]:
         share = abs(row["value"]) / (longest or 1)
         length = round(BAR * share) if 0 <= share <= 1 else 0
         style = "bold" if row.get("ours") else None
-        table.add_row(row["name"], "\u2588" * length, text, style=style)
+        name = f"{row['name']} ({row['note']})" if row.get("note") else row["name"]
+        table.add_row(name, "\u2588" * length, text, style=style)
     yield table
 
 
