@@ -138,14 +138,16 @@ def test_a_fine_tuned_run_stands_beside_its_base(fine_tuned, found_fine_tuned, p
         assert of_base is not None
 
     # The base is the pretrained model itself, not the adapter's.
-    from gradsmith.data.shards import PreparedData
-    from gradsmith.evaluation.metrics import evaluate_split
+    from gradsmith.data.prepared import PreparedData
+    from gradsmith.evaluation.measure import measure
     from gradsmith.models.build import load_for_inference
+    from gradsmith.tasks import make_task
 
     model, _ = load_for_inference(pretrained.folder)
-    alone = evaluate_split(
-        model, PreparedData.open(fine_tuned.data), "test", sequence_length=64, packing=True, batch=2
-    )
+    recipe, data = fine_tuned.recipe(), PreparedData.open(fine_tuned.data)
+    task = make_task(recipe, data.processor(recipe))
+    rows = task.processor.dataset(data.split("test"))
+    alone = task.summarize(measure(task, model, rows, batch=2))
     assert base["loss"] == pytest.approx(alone["loss"], rel=1e-5)
 
 

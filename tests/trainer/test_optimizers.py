@@ -11,11 +11,14 @@ import pytest
 import torch
 from conftest import losses, tiny_tree, train_on_ranks
 
+from gradsmith import checkpoints, ranks
 from gradsmith.errors import UserError
 from gradsmith.recipe import OF_WHOLE_TENSORS, Optimizer, Recipe, Training, parse_recipe
 from gradsmith.run import Run
-from gradsmith.training import checkpoint, loop
 from gradsmith.training import engine as engines
+from gradsmith.training import loop
+from gradsmith.training.deepspeed_internals import shards
+from gradsmith.training.session import build
 
 Tiny = Callable[..., Recipe]
 RATES = {
@@ -135,14 +138,14 @@ def test_a_step_on_nan_changes_nothing(
     """The run goes on from the weights and states of before."""
     settings = settings_for("adamw", stage) | {"training.zero.offload": offload}
     recipe = tiny("run", **settings, **{"training.precision": precision})
-    engines.init_distributed()
-    session = loop._build(recipe, Run(recipe.output), fresh=True)
+    ranks.init_distributed()
+    session = build(recipe, Run(recipe.output), fresh=True)
     engines.set_learning_rate(session.engine, 1e-3)
     optimizer = session.engine.basic_optimizer
 
     def held() -> dict[str, torch.Tensor]:
         found = {}
-        for piece in checkpoint.pieces(session.engine):
+        for piece in shards(session.engine):
             state = {"weight": piece.owner, **optimizer.state[piece.owner]}
             for key in ("weight", "exp_avg", "exp_avg_sq"):
                 found[f"{piece.name}:{key}"] = piece.of(state[key]).clone()
@@ -162,7 +165,7 @@ def test_a_step_on_nan_changes_nothing(
 
 
 def newest(recipe: Recipe) -> Path:
-    found = checkpoint.newest(Run(recipe.output))[0]
+    found = checkpoints.newest(Run(recipe.output))[0]
     assert found is not None
     return found
 
@@ -184,10 +187,10 @@ def states(recipe: Recipe) -> dict[str, torch.Tensor]:
     """The values of the moments by parameter, read from where the run resumes."""
     from gradsmith_kernels.optim import decode
 
-    engines.init_distributed()
-    session = loop._build(recipe, Run(recipe.output), fresh=False)
+    ranks.init_distributed()
+    session = build(recipe, Run(recipe.output), fresh=False)
     found = {}
-    for piece in checkpoint.pieces(session.engine):
+    for piece in shards(session.engine):
         state = session.engine.basic_optimizer.state[piece.owner]
         for key, scale, signed in (("state1", "absmax1", True), ("state2", "absmax2", False)):
             values = state[key]

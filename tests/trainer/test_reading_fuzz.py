@@ -16,7 +16,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gradsmith.data.shards import PreparedData
+from gradsmith.data.prepared import PreparedData
 from gradsmith.errors import UserError
 from gradsmith.launch import read_hostfile
 from gradsmith.reading import read_json

@@ -89,7 +89,7 @@ def _gpus() -> list[dict[str, Any]]:
 def _precision() -> dict[str, str]:
     from gradsmith_kernels.backends import fast_bf16
 
-    from .training.engine import device
+    from .ranks import device
 
     bf16 = fast_bf16(device())
     why = f"bf16 is {'fast' if bf16.fast else 'slower than fp32'} on {bf16.device}"

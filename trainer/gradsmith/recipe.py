@@ -305,11 +305,23 @@ class Zero(Node):
 class Validate(Node):
     every: PositiveInt = 50
     sequences: PositiveInt = Field(64, description="how many held-out sequences, at most")
+    monitor: str | None = Field(
+        None, description="the metric whose best checkpoint is kept; default: the task's first"
+    )
 
 
 class Checkpoint(Node):
     every: PositiveInt = 100
     keep: PositiveInt = 2
+
+
+class EarlyStopping(Node):
+    """Ends the run once the monitored metric has not improved for a while."""
+
+    patience: PositiveInt = Field(5, description="validations in a row without an improvement")
+    min_delta: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        0.0, description="an improvement is larger than this"
+    )
 
 
 class Log(Node):
@@ -337,6 +349,7 @@ class Training(Node):
     log: Log = Log()
     validate_: Validate = Field(Validate(), alias="validate")
     checkpoint: Checkpoint = Checkpoint()
+    early_stopping: EarlyStopping | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Training:

@@ -247,8 +247,7 @@ class Run:
         Raises:
             UserError: what was trained there is of another recipe.
         """
-        from .training.engine import settle_precision
-        from .training.guards import check_same_run
+        from .precision import settle_precision
 
         self.claim()
         marker = read_json(self.folder / MARKER)
@@ -325,6 +324,41 @@ class Run:
         rows = [row for row in self.read_metrics() if row["step"] <= step]
         with replacing(self.metrics_path) as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def check_same_run(before: Recipe, now: Recipe, folder: Path) -> None:
+    """A run goes on only as what it was.
+
+    Raises:
+        UserError: naming the keys that differ. How long to train, what to log and keep, and how
+            the work is laid out over machines may change.
+    """
+    free = re.compile(
+        r"name|output|evaluation\..*|model\.kernels|training\.(steps|tokens|epochs|minutes"
+        r"|micro_batch|activation_checkpointing|early_stopping"
+        r"|(zero|log|validate|checkpoint|early_stopping)\..*)"
+    )
+    old, new = dict(_leaves(before.dump())), dict(_leaves(now.dump()))
+    changed = [
+        f"{key}: {old.get(key)} before, {new.get(key)} now"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not free.fullmatch(key)
+    ]
+    if changed:
+        raise UserError(
+            f"{folder}: the run there was started from another recipe:\n"
+            + "\n".join(f"  {line}" for line in changed)
+            + "\nGo on with the old values, start over with --fresh, or choose another output=..."
+        )
+
+
+def _leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of a tree of plain data, by its dotted key."""
+    if isinstance(tree, dict | list):
+        for name, branch in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _leaves(branch, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, tree
 
 
 def check_output(recipe: Recipe) -> None:

@@ -44,23 +44,36 @@ class SourceEntry(Shape):
     bytes: Count | None = None
 
 
-class TokenizerEntry(Shape):
+class FilesEntry(Shape):
     files: dict[str, File]
 
 
 class SplitCounts(Shape):
     documents: Count
+
+
+class SplitEntry(SplitCounts):
+    files: dict[str, File]
+
+
+class TextCounts(SplitCounts):
     tokens: Count
     target_tokens: Count
     bytes: Count
 
 
-class SplitEntry(SplitCounts):
+class TextSplitEntry(TextCounts):
     eos_targets: Count
     files: dict[str, File]
 
 
 Split = Literal["train", "validation", "test"]
+
+
+class SplitSummary(SplitCounts):
+    tokens: Count | None = None
+    target_tokens: Count | None = None
+    bytes: Count | None = None
 
 
 class DataSummary(Shape):
@@ -69,26 +82,46 @@ class DataSummary(Shape):
     data_hash: str = ""
     ledger: list[LedgerRow] = []
     sources: list[SourceEntry] = []
-    splits: dict[Split, SplitCounts] = {}
+    splits: dict[Split, SplitSummary] = {}
 
 
 class DataManifest(Shape):
     """data/manifest.json"""
 
     format: str
-    task: Literal["language_modeling", "chat"]
+    task: str
     data_hash: str
+    sources: list[SourceEntry]
+    splits: dict[Split, SplitEntry]
+
+
+class TextManifest(DataManifest):
+    """data/manifest.json of texts and conversations"""
+
     vocab_size: Annotated[int, Field(ge=1, le=2**31)]
     bos_id: Count
     eos_id: Count
     pad_id: Count
     sequence_length: Count
-    tokenizer: TokenizerEntry
-    sources: list[SourceEntry]
-    splits: dict[Split, SplitEntry]
+    tokenizer: FilesEntry
+    splits: dict[Split, TextSplitEntry]  # type: ignore[assignment]
 
 
 # ------------------------------------------------------------------------- what a run reports
+
+
+class BestSoFar(Shape):
+    metric: str
+    value: Number | None
+    step: Count
+    since: Count
+
+
+class State(Shape):
+    """state.json of a checkpoint"""
+
+    step: Count
+    best: BestSoFar | None = None
 
 
 class MetricsRow(Shape):

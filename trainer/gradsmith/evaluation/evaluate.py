@@ -14,9 +14,10 @@ from ..run import Run
 from .blocks import BASE, OURS, Result
 
 if TYPE_CHECKING:
-    from ..data.shards import PreparedData
+    from ..data.prepared import PreparedData
     from ..models.base import Model
     from ..recipe import Recipe
+    from ..tasks.task import Task
 
 
 def evaluate(run: Run | str | Path, *, split: str = "test") -> dict[str, Any]:
@@ -45,7 +46,7 @@ def evaluate(run: Run | str | Path, *, split: str = "test") -> dict[str, Any]:
 
 
 def _evaluate(run: Run, split: str) -> dict[str, Any]:
-    from ..data.shards import PreparedData
+    from ..data.prepared import PreparedData
     from ..models.base import open_model
 
     recipe = run.recipe()
@@ -65,41 +66,33 @@ def _evaluate(run: Run, split: str) -> dict[str, Any]:
 def _results(
     run: Run, recipe: Recipe, data: PreparedData, split: str, found: Model
 ) -> dict[str, Any]:
-    from ..models.build import load_for_inference
-    from ..tasks.language_modeling.examine import METRICS, examine
-    from .metrics import split_sums, summarize
+    from ..models.build import load_model, open_task
+    from .measure import measure
 
-    model, tokenizer = load_for_inference(found)
-    base = _base(model, run, recipe)
+    task = open_task(recipe, found)
+    model = load_model(found, task)
+    base = _base(model, run, recipe, task)
+    dataset = task.processor.dataset(data.split(split))
     subjects = [(OURS, model)] + ([(BASE, base)] if base is not None else [])
-    sums = [
-        split_sums(
-            subject,
-            data,
-            split,
-            sequence_length=recipe.data.sequence_length,
-            packing=recipe.data.packing,
-            batch=recipe.training.micro_batch,
-        )
-        for _, subject in subjects
-    ]
+    batch = recipe.training.micro_batch
+    sums = [measure(task, subject, dataset, batch=batch) for _, subject in subjects]
     measured: Sequence[Result] = [
         {
             "name": name,
-            "values": summarize(total),
+            "values": task.summarize(total),
             "ours": name == OURS,
             "note": "before fine-tuning" if name == BASE else "",
         }
         for (name, _), total in zip(subjects, sums, strict=True)
     ]
-    examined = examine(recipe, tokenizer, model, base, data, split, measured)
+    examined = task.examine(model, base, data, split, measured)
     return {
         "task": data.task,
         "split": split,
         "step": found.step,
         "sums": sums[0].tolist(),
         "metrics": examined.results[0]["values"],
-        "definitions": [asdict(metric) for metric in examined.definitions or METRICS],
+        "definitions": [asdict(metric) for metric in examined.definitions or task.metrics],
         "results": examined.results,
         "blocks": examined.blocks,
         "lead": examined.lead,
@@ -125,10 +118,10 @@ class WithoutAdapter:
             return self._model.generate(**settings)
 
 
-def _base(model: Any, run: Run, recipe: Recipe) -> Any:
+def _base(model: Any, run: Run, recipe: Recipe, task: Task) -> Any:
     """What a fine-tuned model started from; None for one trained from nothing."""
     from ..models.base import base_of, check_base, is_base
-    from ..models.build import load_for_inference
+    from ..models.build import load_model
 
     if recipe.model.from_ is None:
         return None
@@ -136,4 +129,4 @@ def _base(model: Any, run: Run, recipe: Recipe) -> Any:
         return WithoutAdapter(model)
     if is_base(run.base):
         check_base(run.base)
-    return load_for_inference(base_of(run, recipe))[0]
+    return load_model(base_of(run, recipe), task)

@@ -12,7 +12,6 @@ import contextlib
 import math
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,17 @@ from ..files import replacing
 from ..reading import read_json
 from ..run import Run
 from ..shapes import DataSummary, Evaluation, Provenance
-from ..tasks.language_modeling.examine import METRICS
 from . import blocks
 from .page import Html, el, join, page
 from .plots import Chart, Series, draw, is_finite, label, smooth
 from .tables import count, duration, ledger, machinery
 
+# Runs of before provenance.json had its metrics were language models.
+EARLIER = (
+    Metric("loss", "Loss", "nats per target token"),
+    Metric("bits_per_byte", "Bits per byte", "of target text"),
+    Metric("accuracy", "Next-token accuracy", "of target tokens", True, ".1%"),
+)
 LARGE = 2  # metrics with a large curve each; those of the others are small
 
 
@@ -83,10 +87,9 @@ class _Contents:
         self.evaluation = _read(run.evaluation_path, Evaluation)
         self.provenance = _read(run.provenance_path, Provenance)
         self.manifest = _read(run.data / "manifest.json", DataSummary)
-        # Runs of before these were written were language models.
         self.unit: str = self.provenance.get("unit") or "tokens"
-        stored = self.provenance.get("metrics") or [asdict(metric) for metric in METRICS]
-        self.metrics = [Metric.read(entry) for entry in stored]
+        stored = self.provenance.get("metrics") or []
+        self.metrics = [Metric.read(entry) for entry in stored] or list(EARLIER)
         self.definitions = [Metric.read(d) for d in self.evaluation.get("definitions") or []]
         self.results: list[dict[str, Any]] = self.evaluation.get("results") or []
         self.blocks: list[dict[str, Any]] = self.evaluation.get("blocks") or []

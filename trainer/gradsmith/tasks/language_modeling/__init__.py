@@ -1,1 +1,5 @@
-"""Text from text: the next token, and with chat the answers alone."""
+"""Language models: the objective, its baselines and its samples."""
+
+from .task import Chat, LanguageModeling
+
+__all__ = ["Chat", "LanguageModeling"]

@@ -17,7 +17,7 @@ import numpy as np
 from ...evaluation.blocks import Result
 
 if TYPE_CHECKING:
-    from ...data.shards import PreparedData
+    from ...data.prepared import PreparedData
 
 XZ_TRAIN_BYTES = 8 << 20
 NGRAM_TRAIN_BYTES = 16 << 20

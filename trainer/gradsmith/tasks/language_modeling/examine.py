@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ...evaluation.blocks import Examination, Metric, Result
 
 if TYPE_CHECKING:
-    from ...data.shards import PreparedData
+    from ...data.prepared import PreparedData
     from ...recipe import Recipe
-
-METRICS = (
-    Metric("loss", "Loss", "nats per target token"),
-    Metric("bits_per_byte", "Bits per byte", "of target text"),
-    Metric("accuracy", "Next-token accuracy", "of target tokens", True, ".1%"),
-)
-"""What each validation logs."""
 
 
 def examine(
@@ -66,15 +58,16 @@ def examine(
 
 
 def definitions(values: dict[str, float], chat: bool) -> tuple[Metric, ...]:
-    """The columns of the results, those that compare with baselines first."""
-    loss, bits, accuracy = METRICS
+    """The columns of the results: what baselines have, what answers score, the rest."""
     unit = "of held-out answers" if chat else "of held-out text"
-    columns = [replace(bits, unit=unit, format=".3f")]
+    columns = [Metric("bits_per_byte", "Bits per byte", unit, False, ".3f")]
     if "rouge_l" in values:
         pairs = f"{values['rouge_l_pairs']:,} held-out pairs, greedy"
         columns.append(Metric("rouge_l", "ROUGE-L of its answers", pairs, True, ".3f"))
     perplexity = Metric("perplexity", "Perplexity", "", False, ".4g")
-    return (*columns, accuracy, replace(loss, format=".3f"), perplexity)
+    accuracy = Metric("accuracy", "Next-token accuracy", "of target tokens", True, ".1%")
+    loss = Metric("loss", "Loss", "nats per target token", False, ".3f")
+    return (*columns, accuracy, loss, perplexity)
 
 
 def lead(results: Sequence[Result], chat: bool) -> str:
