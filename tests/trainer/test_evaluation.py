@@ -10,11 +10,12 @@ import torch
 from gradsmith import ranks
 from gradsmith.data.loader import Batch
 from gradsmith.data.prepare import prepare
-from gradsmith.evaluation.evaluate import rouge_l, target_text
 from gradsmith.evaluation.measure import measure as measure_sums
 from gradsmith.recipe import parse_recipe
 from gradsmith.run import Run
 from gradsmith.tasks import make_task
+from gradsmith.tasks.language_modeling.baselines import target_text
+from gradsmith.tasks.language_modeling.samples import rouge_l
 
 
 def tiny_llama(vocab_size: int, seed: int = 0, dtype: torch.dtype = torch.float32):

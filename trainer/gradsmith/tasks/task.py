@@ -13,7 +13,7 @@ Letters: B rows of a batch, M sums.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -21,26 +21,8 @@ import torch
 from ..data.prepared import PreparedData
 from ..data.processor import Batch, Dataset, Processor
 from ..errors import UserError, did_you_mean
+from ..evaluation.blocks import Examination, Metric, Result
 from ..recipe import Recipe
-
-
-@dataclass(frozen=True)
-class Metric:
-    """What is logged of a validation.
-
-    Attributes:
-        name: its key in metrics.jsonl and evaluation.json.
-        title: for people.
-        unit: "nats per target token"; "" for a share.
-        greater_is_better: its direction, for the best checkpoint and a search.
-        format: how its values are written.
-    """
-
-    name: str
-    title: str
-    unit: str = ""
-    greater_is_better: bool = False
-    format: str = ".4f"
 
 
 class Task(ABC):
@@ -156,6 +138,20 @@ class Task(ABC):
     @abstractmethod
     def summarize(self, sums: torch.Tensor) -> dict[str, float]:
         """The metrics, by name, that follow from the added sums; NaN where nothing was counted."""
+
+    def examine(
+        self, model: Any, base: Any, data: PreparedData, split: str, measured: Sequence[Result]
+    ) -> Examination:
+        """What is worth knowing beside the metrics: baselines, figures, how to read the results.
+
+        Args:
+            model: the run's.
+            base: what it was fine-tuned from; None where it was not.
+            data, split: what they were measured on.
+            measured: what they reached: a result for the model, and one for its base if there is
+                one.
+        """
+        return Examination(list(measured))
 
     # --------------------------------------------------------------------------------- serving
 

@@ -82,7 +82,14 @@ def run(session: Session, stop: stopping.StopRequest, watch: Watch | None = None
     logged = (session.read, session.seconds)
     row: dict[str, Any] = {}
     due, crowded = False, True  # a checkpoint is to be written; there may be more than are kept
-    with TrainingProgress(recipe.name, session.total, session.step, minutes=minutes) as bar:
+    with TrainingProgress(
+        recipe.name,
+        session.total,
+        session.step,
+        minutes=minutes,
+        metrics=session.task.metrics,
+        unit=unit,
+    ) as bar:
         ended = session.best is not None and session.best.over
         while (progress := session.progress()) < 1 and not ended:
             began = time.monotonic()

@@ -15,6 +15,7 @@ Letters: B sequences in a batch, S sequence length, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,8 +26,9 @@ from ...data.prepared import PreparedData
 from ...data.processor import Batch, Dataset
 from ...data.text import TextProcessor
 from ...errors import UserError
+from ...evaluation.blocks import Examination, Metric, Result
 from ...recipe import Recipe
-from ..task import Metric, Task
+from ..task import Task
 
 SUMS = ("nll", "target_tokens", "bytes", "correct", "sequences")
 """What `metric_sums` adds up, in this order."""
@@ -44,8 +46,8 @@ class LanguageModeling(Task):
     unit = "tokens"
     metrics = (
         Metric("loss", "Loss", "nats per target token"),
-        Metric("bits_per_byte", "Bits per byte"),
-        Metric("accuracy", "Accuracy", greater_is_better=True),
+        Metric("bits_per_byte", "Bits per byte", "of target text"),
+        Metric("accuracy", "Next-token accuracy", "of target tokens", True, ".1%"),
     )
     auto_class = "AutoModelForCausalLM"
     architectures = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
@@ -147,6 +149,14 @@ class LanguageModeling(Task):
 
     def summarize(self, sums: torch.Tensor) -> dict[str, float]:
         return summarize(sums)
+
+    def examine(
+        self, model: Any, base: Any, data: PreparedData, split: str, measured: Sequence[Result]
+    ) -> Examination:
+        from .examine import examine
+
+        tokenizer = self.processor.tokenizer
+        return examine(self.recipe, tokenizer, model, base, data, split, measured)
 
 
 class Chat(LanguageModeling):
