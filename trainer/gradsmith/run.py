@@ -391,14 +391,7 @@ def check_output(recipe: Recipe) -> None:
             f"output: {recipe.output} is {place}, and a run's folder holds nothing else; give it "
             "a folder of its own, for example runs/NAME"
         )
-    data = recipe.data
-    read: dict[str, str | None] = {f"data.sources.{i}.path": s.path
-                                   for i, s in enumerate(data.sources)}  # fmt: skip
-    read["data.tokenizer.from"] = data.tokenizer.from_ if data.tokenizer else None
-    read["data.chat.template"], read["model.from"] = data.chat.template, recipe.model.from_
-    for key, text in read.items():
-        if text is None:
-            continue
+    for key, text in recipe.paths().items():
         fixed = Path(text)
         while glob.has_magic(str(fixed)) and not fixed.exists():
             fixed = fixed.parent

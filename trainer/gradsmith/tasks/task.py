@@ -57,13 +57,15 @@ class Task(ABC):
     shared: torch.Tensor | None = None
     fused_loss: bool = False
 
+    recipe: Any  # of the task's own class
+
     def __init__(self, recipe: Recipe, processor: Processor) -> None:
         self.recipe, self.processor = recipe, processor
 
     # ------------------------------------------------------------------------------ the model
 
     @classmethod
-    def row_length(cls, recipe: Recipe) -> int:
+    def row_length(cls, recipe: Any) -> int:
         """What a row costs at most, in `unit`s."""
         return 1
 
@@ -72,7 +74,7 @@ class Task(ABC):
         return f"{rows:,} {self.unit}"
 
     @classmethod
-    def meta_inputs(cls, recipe: Recipe) -> dict[str, torch.Tensor] | None:
+    def meta_inputs(cls, recipe: Any) -> dict[str, torch.Tensor] | None:
         """Inputs on the meta device that show whether a model's layers fit together."""
         return None
 
@@ -152,6 +154,11 @@ class Task(ABC):
                 one.
         """
         return Examination(list(measured))
+
+    @classmethod
+    def examined(cls, recipe: Any, split: str) -> tuple[str, ...]:
+        """The splits that an evaluation of one reads."""
+        return (split,)
 
     # --------------------------------------------------------------------------------- serving
 
