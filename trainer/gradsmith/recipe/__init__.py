@@ -36,6 +36,7 @@ from .tree import (
     PreferenceRecipe,
     Recipe,
     TextClassificationRecipe,
+    TextRecipe,
 )
 
 __all__ = [
@@ -70,6 +71,7 @@ __all__ = [
     "Split",
     "TextClassificationRecipe",
     "TextData",
+    "TextRecipe",
     "TextSource",
     "TokenizedData",
     "Training",

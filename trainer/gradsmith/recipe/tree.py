@@ -154,16 +154,20 @@ class Recipe(Node):
         return {key: path for key, path in found.items() if path is not None}
 
 
-class LanguageModelingRecipe(Recipe):
+class TextRecipe(Recipe):
+    """What the recipes of language models have."""
+
     reads_tokens = True
+    data: TextData
+    evaluation: Evaluation = Evaluation()
+
+
+class LanguageModelingRecipe(TextRecipe):
     data: LanguageModelingData
-    evaluation: Evaluation = Evaluation()
 
 
-class ChatRecipe(Recipe):
-    reads_tokens = True
+class ChatRecipe(TextRecipe):
     data: ChatData
-    evaluation: Evaluation = Evaluation()
 
 
 class TextClassificationRecipe(Recipe):

@@ -13,7 +13,7 @@ Letters: B rows of a batch, M sums.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -21,26 +21,8 @@ import torch
 from ..data.prepared import PreparedData
 from ..data.processor import Batch, Dataset, Processor
 from ..errors import UserError, did_you_mean
+from ..evaluation.blocks import Examination, Metric, Result
 from ..recipe import Recipe
-
-
-@dataclass(frozen=True)
-class Metric:
-    """What is logged of a validation.
-
-    Attributes:
-        name: its key in metrics.jsonl and evaluation.json.
-        title: for people.
-        unit: "nats per target token"; "" for a share.
-        greater_is_better: its direction, for the best checkpoint and a search.
-        format: how its values are written.
-    """
-
-    name: str
-    title: str
-    unit: str = ""
-    greater_is_better: bool = False
-    format: str = ".4f"
 
 
 class Task(ABC):
@@ -55,6 +37,10 @@ class Task(ABC):
         models_are: what those are called, for messages.
         for_example: some of them.
         peft_type: peft's word for the task, or None.
+        needs_reference: whether the loss compares with what the model says as training begins:
+            `reference` is then computed once for each row, and is in every batch's labels.
+        needs_statistics: whether the loss needs `statistics` of the whole global batch.
+        shared: those statistics, added over the global batch; the step sets them.
         fused_loss: whether the model computes its loss without its logits; training sets it once
             the kernels are placed.
     """
@@ -66,7 +52,12 @@ class Task(ABC):
     models_are: ClassVar[str]
     for_example: ClassVar[str]
     peft_type: ClassVar[str | None] = None
+    needs_reference: bool = False
+    needs_statistics: bool = False
+    shared: torch.Tensor | None = None
     fused_loss: bool = False
+
+    recipe: Any  # of the task's own class
 
     def __init__(self, recipe: Recipe, processor: Processor) -> None:
         self.recipe, self.processor = recipe, processor
@@ -74,7 +65,7 @@ class Task(ABC):
     # ------------------------------------------------------------------------------ the model
 
     @classmethod
-    def row_length(cls, recipe: Recipe) -> int:
+    def row_length(cls, recipe: Any) -> int:
         """What a row costs at most, in `unit`s."""
         return 1
 
@@ -83,7 +74,7 @@ class Task(ABC):
         return f"{rows:,} {self.unit}"
 
     @classmethod
-    def meta_inputs(cls, recipe: Recipe) -> dict[str, torch.Tensor] | None:
+    def meta_inputs(cls, recipe: Any) -> dict[str, torch.Tensor] | None:
         """Inputs on the meta device that show whether a model's layers fit together."""
         return None
 
@@ -127,6 +118,14 @@ class Task(ABC):
     def loss(self, model: Any, batch: Batch) -> torch.Tensor:
         """The sum of the batch's terms, in float32; a scalar that can be differentiated."""
 
+    def reference(self, outputs: torch.Tensor) -> torch.Tensor:
+        """What of the outputs the loss compares with, float32 (B, ...)."""
+        raise NotImplementedError(f"{type(self).__name__} has no reference")
+
+    def statistics(self, outputs: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Sums over a batch that the loss needs of the whole global batch, float64."""
+        raise NotImplementedError(f"{type(self).__name__} has no statistics")
+
     # ------------------------------------------------------------------------------ evaluation
 
     def outputs(self, model: Any, batch: Batch) -> torch.Tensor:
@@ -141,6 +140,25 @@ class Task(ABC):
     @abstractmethod
     def summarize(self, sums: torch.Tensor) -> dict[str, float]:
         """The metrics, by name, that follow from the added sums; NaN where nothing was counted."""
+
+    def examine(
+        self, model: Any, base: Any, data: PreparedData, split: str, measured: Sequence[Result]
+    ) -> Examination:
+        """What is worth knowing beside the metrics: baselines, figures, how to read the results.
+
+        Args:
+            model: the run's.
+            base: what it was fine-tuned from; None where it was not.
+            data, split: what they were measured on.
+            measured: what they reached: a result for the model, and one for its base if there is
+                one.
+        """
+        return Examination(list(measured))
+
+    @classmethod
+    def examined(cls, recipe: Any, split: str) -> tuple[str, ...]:
+        """The splits that an evaluation of one reads."""
+        return (split,)
 
     # --------------------------------------------------------------------------------- serving
 

@@ -15,6 +15,7 @@ Letters: B sequences in a batch, S sequence length, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,8 +26,9 @@ from ...data.prepared import PreparedData
 from ...data.processor import Batch, Dataset
 from ...data.text import TextProcessor
 from ...errors import UserError
-from ...recipe import Recipe
-from ..task import Metric, Task
+from ...evaluation.blocks import Examination, Metric, Result
+from ...recipe import TextRecipe
+from ..task import Task
 
 SUMS = ("nll", "target_tokens", "bytes", "correct", "sequences")
 """What `metric_sums` adds up, in this order."""
@@ -44,8 +46,8 @@ class LanguageModeling(Task):
     unit = "tokens"
     metrics = (
         Metric("loss", "Loss", "nats per target token"),
-        Metric("bits_per_byte", "Bits per byte"),
-        Metric("accuracy", "Accuracy", greater_is_better=True),
+        Metric("bits_per_byte", "Bits per byte", "of target text"),
+        Metric("accuracy", "Next-token accuracy", "of target tokens", True, ".1%"),
     )
     auto_class = "AutoModelForCausalLM"
     architectures = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
@@ -54,19 +56,19 @@ class LanguageModeling(Task):
     peft_type = "CAUSAL_LM"
     processor: TextProcessor
 
-    def __init__(self, recipe: Recipe, processor: TextProcessor) -> None:
+    def __init__(self, recipe: TextRecipe, processor: TextProcessor) -> None:
         super().__init__(recipe, processor)
         self._token_bytes = torch.from_numpy(processor.token_bytes.astype("int64"))
 
     @classmethod
-    def row_length(cls, recipe: Recipe) -> int:
+    def row_length(cls, recipe: TextRecipe) -> int:
         return recipe.data.sequence_length
 
     def rows_in_words(self, rows: int) -> str:
         return f"{rows:,} sequences of {self.recipe.data.sequence_length}"
 
     @classmethod
-    def meta_inputs(cls, recipe: Recipe) -> dict[str, torch.Tensor]:
+    def meta_inputs(cls, recipe: TextRecipe) -> dict[str, torch.Tensor]:
         return {"input_ids": torch.zeros(1, 2, dtype=torch.long, device="meta")}
 
     def config(self) -> dict[str, Any]:
@@ -102,6 +104,10 @@ class LanguageModeling(Task):
     def start(self, model: Any, dataset: Dataset) -> None:
         if self.recipe.data.packing:
             check_packing(model)
+
+    @classmethod
+    def examined(cls, recipe: TextRecipe, split: str) -> tuple[str, ...]:
+        return (split, "train") if recipe.evaluation.yardsticks else (split,)
 
     def loss(self, model: Any, batch: Batch) -> torch.Tensor:
         labels = batch.labels["labels"]
@@ -147,6 +153,14 @@ class LanguageModeling(Task):
 
     def summarize(self, sums: torch.Tensor) -> dict[str, float]:
         return summarize(sums)
+
+    def examine(
+        self, model: Any, base: Any, data: PreparedData, split: str, measured: Sequence[Result]
+    ) -> Examination:
+        from .examine import examine
+
+        tokenizer = self.processor.tokenizer
+        return examine(self.recipe, tokenizer, model, base, data, split, measured)
 
 
 class Chat(LanguageModeling):
