@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from types import SimpleNamespace
 from typing import Any
 
@@ -139,7 +140,76 @@ def test_odds_stay_finite_where_an_answer_is_certain_or_impossible() -> None:
 
 def trl_self(**more: Any) -> SimpleNamespace:
     """What TRL's methods read of their trainer."""
-    return SimpleNamespace(accelerator=SimpleNamespace(device=torch.device("cpu")), **more)
+    accelerator = SimpleNamespace(
+        device=torch.device("cpu"), gather=lambda x: x, gather_for_metrics=lambda x: x
+    )
+    return SimpleNamespace(
+        accelerator=accelerator,
+        model=torch.nn.Module(),
+        aux_loss_enabled=False,
+        precompute_ref_logps=True,
+        _metrics=defaultdict(lambda: defaultdict(list)),
+        _total_train_tokens=0,
+        _tp_size=1,
+        **more,
+    )
+
+
+def trl_batch(where: Pairs) -> tuple[Any, dict[str, torch.Tensor]]:
+    """What a model says of a prompt of one token and the answers behind it, the chosen ones first,
+    and TRL's inputs for them: each answer's log-probability is spread over its tokens."""
+    total = torch.cat([where.chosen, where.rejected])
+    tokens = torch.cat([where.chosen_tokens, where.rejected_tokens])
+    mask = (torch.arange(12) > 0) & (torch.arange(12) <= tokens[:, None])
+    log_probs = torch.where(mask[:, 1:], (total / tokens)[:, None], 0.0)
+    nothing = torch.zeros_like(log_probs)
+    said = SimpleNamespace(
+        log_probs=log_probs, entropy=nothing, mean_logits=nothing, is_top1=nothing.bool()
+    )
+    ids = torch.zeros(mask.shape, dtype=torch.long)
+    inputs = {"input_ids": ids, "attention_mask": ids + 1, "completion_mask": mask.long()}
+    return (lambda **_: said), inputs
+
+
+@pytest.mark.parametrize(("name", "theirs"), [("dpo", "sigmoid"), ("ipo", "ipo")])
+def test_dpo_and_ipo_are_trls(name: str, theirs: str) -> None:
+    trainer = pytest.importorskip("trl").DPOTrainer
+    where = pairs(torch.float32)
+    model, inputs = trl_batch(where)
+    trl = trl_self(beta=0.2, loss_types=[theirs], loss_weights=[1.0], ld_alpha=None,
+                   f_divergence_type="reverse_kl", use_weighting=False)  # fmt: skip
+    refs = {"ref_chosen_logps": where.ref_chosen, "ref_rejected_logps": where.ref_rejected}
+    expected = trainer._compute_loss(trl, model, inputs | refs, False)
+    loss, margin = preference_loss(objective(name, beta=0.2), where)
+    torch.testing.assert_close(loss.mean(), expected)
+    if name == "dpo":  # of whole answers, also where the loss is not
+        assert trl._metrics["train"]["rewards/margins"] == pytest.approx(
+            [float(margin.mean())], rel=1e-5
+        )
+
+
+@pytest.mark.parametrize("kl", [0.75, -0.5])
+def test_kto_is_trls(kl: float) -> None:
+    trainer = pytest.importorskip("trl").KTOTrainer
+    where = pairs(torch.float32)
+    model, inputs = trl_batch(where)
+    weights = {"desirable_weight": 1.5, "undesirable_weight": 0.5}
+    trl = trl_self(beta=0.3, loss_type="kto", calculate_KL=True, **weights,
+                   _compute_kl_logps=lambda *_: torch.full((6,), kl))  # fmt: skip
+    assert where.ref_chosen is not None
+    assert where.ref_rejected is not None
+    inputs |= {
+        "label": torch.tensor([True] * 3 + [False] * 3),
+        "ref_logps": torch.cat([where.ref_chosen, where.ref_rejected]),
+        "ref_KL_logps": torch.zeros(6),
+    }
+    expected = trainer._compute_loss(trl, model, inputs, False)
+    asked = objective("kto", beta=0.3, **weights)
+    loss, margin = preference_loss(asked, where, torch.tensor(kl))
+    torch.testing.assert_close(loss.mean(), expected)
+    assert trl._metrics["train"]["rewards/margins"] == pytest.approx(
+        [float(margin.mean())], rel=1e-5
+    )
 
 
 def test_orpo_is_trls() -> None:
