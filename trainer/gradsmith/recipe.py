@@ -263,7 +263,8 @@ class Optimizer(Node):
     @model_validator(mode="before")
     @classmethod
     def _defaults(cls, values: Any) -> Any:
-        own = OPTIMIZERS.get(values.get("name", "adamw")) if isinstance(values, dict) else None
+        name = values.get("name", "adamw") if isinstance(values, dict) else None
+        own = OPTIMIZERS.get(name) if isinstance(name, str) else None
         if own is None:
             return values  # the fields' own checks say what is wrong
         return own | {key: value for key, value in values.items() if value is not None}
