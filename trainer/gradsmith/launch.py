@@ -415,7 +415,7 @@ def sbatch_script(job: Job, recipe: Recipe) -> str:
         "if [[ $told ]]; then",
         "  status=0; wait $! || status=$?  # the signal ended the first wait",
         '  if ((status > 128)) && [[ "$(saved)" != "$before" ]]; then',
-        '    scontrol requeue "$SLURM_JOB_ID"',
+        '    scontrol requeue "$SLURM_JOB_ID" || true',
         "  fi",
         "fi",
         "exit $status",
