@@ -75,7 +75,9 @@ def make(pair: str) -> Path:
     python = folder / "bin" / "python"
     constraints = FOLDER / "constraints.txt"
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if line.partition("==")[0] not in TORCHS]
+    kept = [line for line in lines if line.partition("==")[0] not in (*TORCHS, "numpy")]
+    # Triton 3.6, which comes with torch 2.11, interprets with no newer one.
+    kept += ["numpy<2.4"] if torch == "2.11" else [x for x in lines if x.startswith("numpy==")]
     FOLDER.mkdir(parents=True, exist_ok=True)
     constraints.write_text("\n".join(kept) + "\n", encoding="utf-8")
     if not python.exists():
