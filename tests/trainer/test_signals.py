@@ -188,7 +188,7 @@ def test_a_disk_that_is_full_for_one_rank_ends_all_in_a_line(here: Path) -> None
     resource.prlimit(ranks_of(process)[1], resource.RLIMIT_FSIZE, (50_000, 50_000))
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert err.startswith("error: the checkpoint could not be written: "), err
+    assert err.startswith("error: the checkpoint could not be written by rank 1: "), err
     assert "; saved is run/checkpoints/step-" in err
     assert err.count("\n") == 1
     assert saved()

@@ -365,7 +365,9 @@ def sbatch_script(job: Job, recipe: Recipe) -> str:
     """
     place = str(Path(recipe.output).absolute())
     if "\\" in place:
-        raise UserError(f"output: found {one_line(place, 80)}; sbatch takes no path with a \\ in it")
+        raise UserError(
+            f"output: found {one_line(place, 80)}; sbatch takes no path with a \\ in it"
+        )
     directives = [
         f"job-name={recipe.name}",
         f"nodes={job.nnodes}",

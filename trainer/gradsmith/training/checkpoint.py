@@ -47,7 +47,7 @@ from ..files import (
     write_json,
 )
 from ..run import Run
-from .engine import device
+from .engine import world
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -365,19 +365,20 @@ def _write_manifest(folder: Path) -> None:
 
 
 def _together(work: Any) -> None:
-    """Runs `work` on all ranks; if it fails on one, it fails on all."""
-    error: BaseException | None = None
+    """Runs `work` on all ranks; if it fails on one, it fails on all, with its reason."""
+    error: Exception | None = None
+    told = ""
     try:
         work()
     except Exception as caught:  # whatever it is, the other ranks wait for this one
         error = caught
-    failed = torch.tensor([0 if error is None else 1], device=device())
-    dist.all_reduce(failed)
-    if error is not None:
         told = system_error(error) if isinstance(error, OSError) else one_line(error)
-        raise RunError(f"the checkpoint could not be written: {told}") from error
-    if failed.item():
-        raise RunError("the checkpoint could not be written on another rank; see its log")
+    reasons = [""] * world()
+    dist.all_gather_object(reasons, told)
+    for number, reason in enumerate(reasons):
+        if reason:
+            by = f" by rank {number}" if world() > 1 else ""
+            raise RunError(f"the checkpoint could not be written{by}: {reason}") from error
 
 
 # ------------------------------------------------------------------------------------ reading
