@@ -97,7 +97,7 @@ def _gpus() -> list[dict[str, Any]]:
 def _precision() -> dict[str, str]:
     from gradsmith_kernels.backends import fast_bf16
 
-    from .training.engine import device
+    from .ranks import device
 
     bf16 = fast_bf16(device())
     if bf16.ratio is None:

@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, did_you_mean, one_line
-from ..files import OurFolders
+from ..files import OurFolders, file_entry
 from ..hub import hub_name
 from ..reading import parse_json, reading
-from ..recipe import Data, Source
+from ..recipe import TextData as Data
+from ..recipe import TextSource as Source
 from .chat import docstring_pairs, prompt_of
-from .document import Document, Ledger, Messages, content_digest
-from .shards import file_entry
+from .example import Example, Ledger, Messages, content_digest
 
 SUFFIXES = {"text": "", "jsonl": ".jsonl", "parquet": ".parquet"}
 SMALLEST_BLOCK = 1024  # bytes; see `_blocks`
@@ -74,7 +74,7 @@ def check_sources(data: Data, log: Callable[[str], None] | None = None) -> None:
             _check_dataset(Path(str(source.path)), where)
 
 
-def read(data: Data, ledger: Ledger) -> Iterator[Document]:
+def read(data: Data, ledger: Ledger) -> Iterator[Example]:
     """All documents of all sources.
 
     Raises:
@@ -85,7 +85,7 @@ def read(data: Data, ledger: Ledger) -> Iterator[Document]:
         for document in islice(_readable(documents), source.limit):
             try:
                 document.digest()
-                if document.messages is not None and document.group is None:
+                if isinstance(document.content, list) and document.group is None:
                     # conversations with one prompt stay together: no question is on two sides
                     document.group = content_digest(prompt_of(document.messages))
             except UnicodeEncodeError as error:
@@ -96,14 +96,14 @@ def read(data: Data, ledger: Ledger) -> Iterator[Document]:
             yield document
 
 
-def _readable(documents: Iterator[Document]) -> Iterator[Document]:
+def _readable(documents: Iterator[Example]) -> Iterator[Example]:
     try:
         yield from documents
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from None
 
 
-def _documents(source: Source, task: str, where: str, ledger: Ledger) -> Iterator[Document]:
+def _documents(source: Source, task: str, where: str, ledger: Ledger) -> Iterator[Example]:
     name = _name(source)
     if source.kind == "python_stdlib":
         yield from _python_stdlib(task, ledger)
@@ -299,16 +299,16 @@ def _lines(file: Path) -> Iterator[str]:
 # --------------------------------------------------------------------------------------- text
 
 
-def _texts(source: Source, where: str) -> Iterator[Document]:
+def _texts(source: Source, where: str) -> Iterator[Example]:
     """A folder's or glob's files are a document each; one named file is a corpus, in blocks."""
     assert source.path is not None
     files = files_of(source, where)
     if Path(source.path).is_file():
         for number, block in enumerate(_blocks(_lines(files[0]))):
-            yield Document(str(files[0]), block, follows=number > 0)
+            yield Example(str(files[0]), block, follows=number > 0)
     else:
         for file in files:
-            yield Document(str(file), decode(file.read_bytes(), file).removeprefix("\ufeff"))
+            yield Example(str(file), decode(file.read_bytes(), file).removeprefix("\ufeff"))
 
 
 def _blocks(lines: Iterator[str]) -> Iterator[str]:
@@ -445,9 +445,9 @@ def _check_own(files: list[str], folder: Path | None, name: str, where: str) -> 
             )
 
 
-def _document(row: dict[str, Any], at: str, source: Source, task: str) -> Document:
+def _document(row: dict[str, Any], at: str, source: Source, task: str) -> Example:
     if task == "language_modeling":
-        return Document(at, _string(row, source.text, at))
+        return Example(at, _string(row, source.text, at))
     if source.prompt is not None and source.response is not None:
         messages = [
             {"role": "user", "content": _string(row, source.prompt, at)},
@@ -455,7 +455,7 @@ def _document(row: dict[str, Any], at: str, source: Source, task: str) -> Docume
         ]
     else:
         messages = _messages(row, source.messages or "messages", at)
-    return Document(at, messages=messages)
+    return Example(at, messages)
 
 
 def _value(row: dict[str, Any], key: str, at: str) -> Any:
@@ -517,7 +517,7 @@ def _is_test(file: Path) -> bool:
     return not STDLIB_TESTS.isdisjoint(file.relative_to(_stdlib()).parts)
 
 
-def _python_stdlib(task: str, ledger: Ledger) -> Iterator[Document]:
+def _python_stdlib(task: str, ledger: Ledger) -> Iterator[Example]:
     """The running Python's own modules, or their function -> docstring pairs."""
     root, name = _stdlib(), "python_stdlib"
     for file in _stdlib_files():
@@ -530,7 +530,7 @@ def _python_stdlib(task: str, ledger: Ledger) -> Iterator[Document]:
             ledger.add("read", "dropped", reason=reason, source=name)
             continue
         ledger.add("read", "kept", source=name)
-        document = Document(f"{name}:{file.relative_to(root).as_posix()}", text)
+        document = Example(f"{name}:{file.relative_to(root).as_posix()}", text)
         if task == "language_modeling":
             yield document
         else:

@@ -21,6 +21,10 @@ from ..models.gguf import find_gguf
 from ..models.gguf import place as gguf_place
 from ..reading import reading
 
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja",
+)  # fmt: skip
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 CHAT_TOKENS = ["<|im_start|>", "<|im_end|>"]  # there from the start: fine-tuning adds no ids
 
