@@ -15,7 +15,7 @@ from gradsmith.data import sources
 from gradsmith.data.example import Ledger
 from gradsmith.data.sources import _blocks, check_sources, fingerprint, read
 from gradsmith.errors import UserError
-from gradsmith.recipe import Data
+from gradsmith.recipe import TextData as Data
 
 
 def documents(task: str = "language_modeling", **source) -> list:

@@ -8,6 +8,7 @@ runs/NAME/
   metrics.jsonl      a line for each logged step
   data/              what `prepare` made (gradsmith.data.prepare)
   base/              what `model.from` was when the run began (gradsmith.models.base)
+  reference/         what the model said before training, where the loss compares with it
   checkpoints/       step-000100/, ... (gradsmith.training.checkpoint)
   evaluation.json    what `evaluate` found
   report.html
@@ -61,7 +62,15 @@ LIBRARIES = (
 LOCKS = {
     "run": (
         "lock",
-        ("data", "base", "recipe.yaml", "provenance.json", "metrics.jsonl", "checkpoints"),
+        (
+            "data",
+            "base",
+            "reference",
+            "recipe.yaml",
+            "provenance.json",
+            "metrics.jsonl",
+            "checkpoints",
+        ),
     ),
     "results": ("results.lock", ("evaluation.json", "report.html", "launch.sbatch")),
 }
@@ -101,6 +110,10 @@ class Run:
     @property
     def base(self) -> Path:
         return self.folder / "base"
+
+    @property
+    def reference(self) -> Path:
+        return self.folder / "reference"
 
     @property
     def checkpoints(self) -> Path:
@@ -272,6 +285,7 @@ class Run:
             self.checkpoints.rename(doomed)  # at once: no half of them is ever gone on from
             remove(doomed)
         remove(self.base)
+        remove(self.reference)
         for path in (self.metrics_path, self.evaluation_path, self.report_path):
             path.unlink(missing_ok=True)
 
@@ -377,14 +391,7 @@ def check_output(recipe: Recipe) -> None:
             f"output: {recipe.output} is {place}, and a run's folder holds nothing else; give it "
             "a folder of its own, for example runs/NAME"
         )
-    data = recipe.data
-    read: dict[str, str | None] = {f"data.sources.{i}.path": s.path
-                                   for i, s in enumerate(data.sources)}  # fmt: skip
-    read["data.tokenizer.from"] = data.tokenizer.from_ if data.tokenizer else None
-    read["data.chat.template"], read["model.from"] = data.chat.template, recipe.model.from_
-    for key, text in read.items():
-        if text is None:
-            continue
+    for key, text in recipe.paths().items():
         fixed = Path(text)
         while glob.has_magic(str(fixed)) and not fixed.exists():
             fixed = fixed.parent

@@ -52,6 +52,8 @@ class Sequences:
             only for a larger sequence length.
     """
 
+    reference: np.ndarray | None = None
+
     def __init__(
         self, split: TokenSplit, sequence_length: int, packing: bool, task: str, pad_id: int
     ):

@@ -87,10 +87,13 @@ class Dataset(Protocol):
             or a weight. Known before any forward pass, so that a global batch's loss has one
             divisor.
         lengths: int64 (rows,): what a row costs: its tokens, else 1.
+        reference: float32 (rows, ...): what the model said of each row before training, where the
+            task's loss compares with it; None until it is known.
     """
 
     items: np.ndarray
     lengths: np.ndarray
+    reference: np.ndarray | None
 
     def __len__(self) -> int: ...
 

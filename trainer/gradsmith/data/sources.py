@@ -27,7 +27,8 @@ from ..errors import UserError, did_you_mean, one_line
 from ..files import OurFolders, file_entry
 from ..hub import hub_name
 from ..reading import parse_json, reading
-from ..recipe import Data, Source
+from ..recipe import TextData as Data
+from ..recipe import TextSource as Source
 from .chat import docstring_pairs, prompt_of
 from .example import Example, Ledger, Messages, content_digest
 

@@ -48,6 +48,7 @@ def evaluate(run: Run | str | Path, *, split: str = "test") -> dict[str, Any]:
 def _evaluate(run: Run, split: str) -> dict[str, Any]:
     from ..data.prepared import PreparedData
     from ..models.base import open_model
+    from ..tasks import task_class
 
     recipe = run.recipe()
     prepared = PreparedData.open(run.data)
@@ -59,7 +60,7 @@ def _evaluate(run: Run, split: str) -> dict[str, Any]:
                 f"{run.data}: is not the data that {found.checkpoint} was trained on, so nothing "
                 "in it is held out; train again with --fresh, or prepare the old data again"
             )
-        prepared.verify(split, *(["train"] if recipe.evaluation.yardsticks else []))
+        prepared.verify(*task_class(recipe.data.task).examined(recipe, split))
         return _results(run, recipe, prepared, split, found)
 
 

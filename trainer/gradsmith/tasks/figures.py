@@ -24,7 +24,7 @@ def classification_blocks(
         counter, sums: what was counted.
         names: of the classes (C,).
     """
-    blocks: list[Block] = [
+    blocks: list[Block | None] = [
         confusion_block(counter, sums, names),
         per_class_block(counter, sums, names),
         reliability_block(counter, sums),

@@ -37,6 +37,10 @@ class Task(ABC):
         models_are: what those are called, for messages.
         for_example: some of them.
         peft_type: peft's word for the task, or None.
+        needs_reference: whether the loss compares with what the model says as training begins:
+            `reference` is then computed once for each row, and is in every batch's labels.
+        needs_statistics: whether the loss needs `statistics` of the whole global batch.
+        shared: those statistics, added over the global batch; the step sets them.
         fused_loss: whether the model computes its loss without its logits; training sets it once
             the kernels are placed.
     """
@@ -48,7 +52,12 @@ class Task(ABC):
     models_are: ClassVar[str]
     for_example: ClassVar[str]
     peft_type: ClassVar[str | None] = None
+    needs_reference: bool = False
+    needs_statistics: bool = False
+    shared: torch.Tensor | None = None
     fused_loss: bool = False
+
+    recipe: Any  # of the task's own class
 
     def __init__(self, recipe: Recipe, processor: Processor) -> None:
         self.recipe, self.processor = recipe, processor
@@ -56,7 +65,7 @@ class Task(ABC):
     # ------------------------------------------------------------------------------ the model
 
     @classmethod
-    def row_length(cls, recipe: Recipe) -> int:
+    def row_length(cls, recipe: Any) -> int:
         """What a row costs at most, in `unit`s."""
         return 1
 
@@ -65,7 +74,7 @@ class Task(ABC):
         return f"{rows:,} {self.unit}"
 
     @classmethod
-    def meta_inputs(cls, recipe: Recipe) -> dict[str, torch.Tensor] | None:
+    def meta_inputs(cls, recipe: Any) -> dict[str, torch.Tensor] | None:
         """Inputs on the meta device that show whether a model's layers fit together."""
         return None
 
@@ -109,6 +118,14 @@ class Task(ABC):
     def loss(self, model: Any, batch: Batch) -> torch.Tensor:
         """The sum of the batch's terms, in float32; a scalar that can be differentiated."""
 
+    def reference(self, outputs: torch.Tensor) -> torch.Tensor:
+        """What of the outputs the loss compares with, float32 (B, ...)."""
+        raise NotImplementedError(f"{type(self).__name__} has no reference")
+
+    def statistics(self, outputs: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Sums over a batch that the loss needs of the whole global batch, float64."""
+        raise NotImplementedError(f"{type(self).__name__} has no statistics")
+
     # ------------------------------------------------------------------------------ evaluation
 
     def outputs(self, model: Any, batch: Batch) -> torch.Tensor:
@@ -137,6 +154,11 @@ class Task(ABC):
                 one.
         """
         return Examination(list(measured))
+
+    @classmethod
+    def examined(cls, recipe: Any, split: str) -> tuple[str, ...]:
+        """The splits that an evaluation of one reads."""
+        return (split,)
 
     # --------------------------------------------------------------------------------- serving
 

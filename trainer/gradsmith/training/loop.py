@@ -11,7 +11,7 @@ import contextlib
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ import torch.distributed as dist
 from .. import checkpoints, ranks
 from ..checks import check_recipe
 from ..console import TrainingProgress, duration, quiet, say
+from ..data.processor import Batch
 from ..errors import RunError, Stopped, system_error
 from ..evaluation.measure import measure
 from ..files import read_json, write_json
@@ -218,12 +219,10 @@ def optimizer_step(session: Session, asked_to_stop: bool = False) -> tuple[float
     seed_step(recipe.seed, session.step, rank)
     total = torch.zeros(2, dtype=torch.float64)
     total[1] = asked_to_stop
-    batches = session.loader.micro_batches(
-        session.step, rank=rank, world=world, micro_batch=recipe.training.micro_batch
-    )
-    dtype = next(engine.parameters()).dtype
-    for batch in batches:
-        loss = task.loss(engine, batch.to(ranks.device(), dtype))
+    if task.needs_statistics:
+        task.shared = _statistics(session)
+    for batch in _micro_batches(session):
+        loss = task.loss(engine, batch)
         total[0] += loss.detach().double().cpu()
         # DeepSpeed averages over the ranks; times the number of ranks that is the sum.
         engine.backward(loss * (world / items), scale_wrt_gas=False)
@@ -234,6 +233,26 @@ def optimizer_step(session: Session, asked_to_stop: bool = False) -> tuple[float
     if norm < 0:  # DeepSpeed's word for a gradient that is not finite
         norm = math.nan
     return float(total[0]) / items, norm, bool(total[1])
+
+
+def _micro_batches(session: Session) -> Iterator[Batch]:
+    """This rank's part of the step's global batch, where the model is."""
+    dtype = next(session.engine.parameters()).dtype
+    for batch in session.loader.micro_batches(
+        session.step,
+        rank=ranks.rank(),
+        world=ranks.world(),
+        micro_batch=session.recipe.training.micro_batch,
+    ):
+        yield batch.to(ranks.device(), dtype)
+
+
+@torch.no_grad()
+def _statistics(session: Session) -> torch.Tensor:
+    """What the task's loss needs to know of the whole global batch."""
+    task, engine = session.task, session.engine
+    found = [task.statistics(task.outputs(engine, b), b) for b in _micro_batches(session)]
+    return ranks.add(torch.stack(found).sum(0))
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -252,11 +271,9 @@ def validate(session: Session) -> dict[str, Any]:
             session.engine,
             session.held_out,
             batch=settings.micro_batch,
-            rank=ranks.rank(),
-            world=ranks.world(),
             limit=settings.validate_.sequences,
         )
-    values = task.summarize(ranks.add(sums))
+    values = task.summarize(sums)
     row = {
         "kind": "validation",
         "step": session.step,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..ranks import device
-from ..recipe import Recipe
+from ..recipe import Muon, Recipe
 
 
 def parameter_groups(recipe: Recipe, model: torch.nn.Module) -> list[dict[str, Any]]:
@@ -22,7 +22,7 @@ def parameter_groups(recipe: Recipe, model: torch.nn.Module) -> list[dict[str, A
         {"params": matrices, "weight_decay": decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
-    if settings.name == "muon":
+    if isinstance(settings, Muon):
         # Rows of embeddings and of the output layer are stepped for one token each: they are not
         # maps between features, whose directions Muon evens out.
         tables = [m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)]
@@ -54,13 +54,13 @@ def build_optimizer(recipe: Recipe, groups: list[dict[str, Any]]) -> Any:
         "adafactor": optim.Adafactor,
         "muon": optim.Muon,
     }[settings.name]
-    names = ("betas", "eps", "momentum", "nesterov", "adjust_lr_fn")
-    options = {name: value for name in names if (value := getattr(settings, name)) is not None}
+    given, names = dict(settings), ("betas", "eps", "momentum", "nesterov", "adjust_lr_fn")
+    options = {name: given[name] for name in names if name in given}
     if settings.name == "muon":  # whose own eps is another
         options |= {f"adamw_{name}": options.pop(name) for name in ("betas", "eps")}
     if settings.name != "lamb":
         options["l1"] = settings.l1
-    if settings.states == "bf16":
+    if given.get("states") == "bf16":
         options["state_dtype"] = torch.bfloat16
     if clips_itself(recipe):
         options["max_grad_norm"] = training.clip or math.inf
@@ -68,7 +68,7 @@ def build_optimizer(recipe: Recipe, groups: list[dict[str, Any]]) -> Any:
         groups,
         lr=0.0,  # the loop sets the rate of every step
         seed=recipe.seed,
-        stochastic_rounding=settings.rounding != "nearest",
+        stochastic_rounding=given.get("rounding") != "nearest",
         **options,
     )
 

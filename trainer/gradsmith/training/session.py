@@ -7,8 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from .. import checkpoints, ranks
 from ..console import bytes_in_words, say
@@ -17,9 +20,12 @@ from ..data.prepare import ensure_data
 from ..data.prepared import PreparedData
 from ..data.processor import Dataset
 from ..errors import UserError
+from ..evaluation.measure import reference
+from ..files import building
 from ..models.base import pin
 from ..models.build import build_model
 from ..precision import precision_price, settle_precision
+from ..reading import reading
 from ..recipe import Recipe
 from ..run import Run
 from ..tasks import make_task
@@ -105,6 +111,8 @@ def build(recipe: Recipe, run: Run, fresh: bool | str) -> Session:
     task.fused_loss = any(op == "linear_cross_entropy" for op, _ in placed)
     engine.eval()
     task.start(engine, dataset)
+    if task.needs_reference:
+        _reference(session, begins=start is None)
     engine.train()  # transformers loads models for inference, without their dropout
     if start is not None:
         _resume(session, start)
@@ -140,6 +148,47 @@ def _best(session: Session, state: dict[str, Any] | None = None) -> Best | None:
     if stop is None:
         return Best(greater, state=state)
     return Best(greater, stop.patience, stop.min_delta, state)
+
+
+def _reference(session: Session, begins: bool) -> None:
+    """Gives the rows what the loss compares with: computed as the run begins, and then kept.
+
+    Raises:
+        UserError: a run that goes on has lost it.
+    """
+    run, data = session.run, session.data
+    rows = {"train": session.loader.dataset, "validation": session.held_out}
+    asked = {name: dataset for name, dataset in rows.items() if dataset is not None}
+    known = read_reference(run, data)
+    if known is None and not begins:
+        raise UserError(
+            f"{run.reference}: what the model said before training is gone, or is of other data; "
+            "start over with --fresh, or choose another output=..."
+        )
+    if known is None:
+        say(f"{session.recipe.name}: what the model says before training, of every row")
+        batch = session.recipe.training.micro_batch
+        known = {
+            name: reference(session.task, session.engine, dataset, batch=batch)
+            for name, dataset in asked.items()
+        }
+        if ranks.rank() == 0:
+            with building(run.reference, "reference") as scratch:
+                save_file(known, scratch / "rows.safetensors", {"data": data.fingerprint})
+    for name, dataset in asked.items():
+        dataset.reference = known[name]
+    dist.barrier()
+
+
+def read_reference(run: Run, data: PreparedData) -> dict[str, np.ndarray] | None:
+    """What a run keeps of what its model said before training, by split."""
+    path = run.reference / "rows.safetensors"
+    if not path.is_file():
+        return None
+    with reading(str(path), "not readable as safetensors"), safe_open(path, "np") as file:
+        if (file.metadata() or {}).get("data") != data.fingerprint:
+            return None
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def _kernels(recipe: Recipe, model: torch.nn.Module) -> dict[str, Any]:

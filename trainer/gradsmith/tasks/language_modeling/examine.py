@@ -9,11 +9,11 @@ from ...evaluation.blocks import Examination, Metric, Result
 
 if TYPE_CHECKING:
     from ...data.prepared import PreparedData
-    from ...recipe import Recipe
+    from ...recipe import TextRecipe
 
 
 def examine(
-    recipe: Recipe,
+    recipe: TextRecipe,
     tokenizer: Any,
     model: Any,
     base: Any,

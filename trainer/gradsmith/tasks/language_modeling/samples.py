@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...evaluation.blocks import Part, Samples
-from ...recipe import Recipe
+from ...recipe import TextRecipe
 from .generate import Prompt, complete, encode_prompt, encode_text
 
 ROUGE_PAIRS = 32
@@ -25,7 +25,7 @@ class Questions:
         scored: for chat what ROUGE-L is measured on; else [].
     """
 
-    recipe: Recipe
+    recipe: TextRecipe
     tokenizer: Any
     asked: list[Question]
     scored: list[Question]
@@ -53,7 +53,7 @@ class Questions:
         )
 
 
-def questions(recipe: Recipe, tokenizer: Any, documents: Sequence[dict[str, Any]]) -> Questions:
+def questions(recipe: TextRecipe, tokenizer: Any, documents: Sequence[dict[str, Any]]) -> Questions:
     """The recipe's own prompts, else held-out documents, evenly spaced."""
     generation = recipe.evaluation.generation
     asked: list[Question]
@@ -108,13 +108,13 @@ def samples_block(
     }
 
 
-def _encode(tokenizer: Any, recipe: Recipe, question: Prompt) -> list[int]:
+def _encode(tokenizer: Any, recipe: TextRecipe, question: Prompt) -> list[int]:
     data = recipe.data
     return encode_prompt(tokenizer, question, chat=data.task == "chat", system=data.chat.system)
 
 
 def _beginnings(
-    recipe: Recipe, tokenizer: Any, documents: Sequence[dict[str, Any]]
+    recipe: TextRecipe, tokenizer: Any, documents: Sequence[dict[str, Any]]
 ) -> list[Question]:
     """Held-out documents as (beginning, how it went on), where they are long enough."""
     begin = max(1, min(64, recipe.data.sequence_length // 4))

@@ -27,7 +27,7 @@ from ...data.processor import Batch, Dataset
 from ...data.text import TextProcessor
 from ...errors import UserError
 from ...evaluation.blocks import Examination, Metric, Result
-from ...recipe import Recipe
+from ...recipe import TextRecipe
 from ..task import Task
 
 SUMS = ("nll", "target_tokens", "bytes", "correct", "sequences")
@@ -56,19 +56,19 @@ class LanguageModeling(Task):
     peft_type = "CAUSAL_LM"
     processor: TextProcessor
 
-    def __init__(self, recipe: Recipe, processor: TextProcessor) -> None:
+    def __init__(self, recipe: TextRecipe, processor: TextProcessor) -> None:
         super().__init__(recipe, processor)
         self._token_bytes = torch.from_numpy(processor.token_bytes.astype("int64"))
 
     @classmethod
-    def row_length(cls, recipe: Recipe) -> int:
+    def row_length(cls, recipe: TextRecipe) -> int:
         return recipe.data.sequence_length
 
     def rows_in_words(self, rows: int) -> str:
         return f"{rows:,} sequences of {self.recipe.data.sequence_length}"
 
     @classmethod
-    def meta_inputs(cls, recipe: Recipe) -> dict[str, torch.Tensor]:
+    def meta_inputs(cls, recipe: TextRecipe) -> dict[str, torch.Tensor]:
         return {"input_ids": torch.zeros(1, 2, dtype=torch.long, device="meta")}
 
     def config(self) -> dict[str, Any]:
@@ -104,6 +104,10 @@ class LanguageModeling(Task):
     def start(self, model: Any, dataset: Dataset) -> None:
         if self.recipe.data.packing:
             check_packing(model)
+
+    @classmethod
+    def examined(cls, recipe: TextRecipe, split: str) -> tuple[str, ...]:
+        return (split, "train") if recipe.evaluation.yardsticks else (split,)
 
     def loss(self, model: Any, batch: Batch) -> torch.Tensor:
         labels = batch.labels["labels"]
