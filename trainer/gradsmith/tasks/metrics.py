@@ -73,7 +73,7 @@ class ClassificationSums:
             "totals": 5,  # weight, nll, brier, correct, in the top 5
             "confusion": classes * classes if self.whole else 3 * classes,
             "calibration": 3 * CALIBRATION_BINS,
-            "scores": 2 * self.scored * bins,
+            "scores": 2 * self.scored * self.bins,
         }
 
     @property
