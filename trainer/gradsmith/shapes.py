@@ -86,13 +86,40 @@ class DataSummary(Shape):
 
 
 class DataManifest(Shape):
-    """data/manifest.json"""
+    """data/manifest.json, of any task"""
 
     format: str
     task: str
     data_hash: str
     sources: list[SourceEntry]
     splits: dict[Split, SplitEntry]
+
+
+class StoredColumn(Shape):
+    dtype: str
+    shape: list[Count]
+    offsets: str | None
+
+
+class ProcessorManifest(DataManifest):
+    """data/manifest.json of a task that says there what its columns are"""
+
+    processor: FilesEntry
+    columns: dict[str, StoredColumn]
+
+
+class LabelledProcessor(Shape):
+    """processor.json of labelled texts"""
+
+    classes: Annotated[dict[str, Count], Field(min_length=2)]
+    longest: Annotated[int, Field(ge=1)]
+
+
+class PairSettings(Shape):
+    """processor.json of preferences"""
+
+    longest: Annotated[int, Field(ge=1)]
+    system: str | None = None
 
 
 class TextManifest(DataManifest):
