@@ -419,7 +419,7 @@ def test_a_matrix_is_shaded_by_row_and_its_diagonal_set_apart():
     page = drawn([block_of("matrix")])
     cells = [a for t, a in page.tags if t == "td" and "title" in a]
     assert [(a["style"], a.get("class")) for a in cells] == [
-        ("--share:0.750", "strong"), ("--share:0.250", "wrong"), ("--share:1.000", "strong")
+        ("--share:0.750", "half"), ("--share:0.250", "wrong"), ("--share:1.000", "half strong")
     ]  # fmt: skip
     assert cells[0]["title"] == "class cat, predicted cat: 30, 75.0% of the row"
 

@@ -88,7 +88,7 @@ def _results(
         }
         for (name, _), total in zip(subjects, sums, strict=True)
     ]
-    examined = task.examine(model, base, data, split, measured)
+    examined = task.examine(model, base, data, split, measured, sums[0])
     return {
         "task": data.task,
         "split": split,

@@ -136,7 +136,8 @@ def matrix(block: dict[str, Any]) -> Html:
                 f"{block['row_title']} {name}, {block['column_title']} {column}: "
                 f"{shown(value, ',.6g')}, {share:.1%} of the row"
             )
-            kinds = ["wrong"] * (same and i != j) + ["strong"] * (share > 0.7)
+            kinds = ["wrong"] * (same and i != j)
+            kinds += ["half"] * (share > 0.5) + ["strong"] * (share > 0.75)  # for the text
             cells.append(
                 el(
                     "td",

@@ -129,7 +129,13 @@ class Preference(Task):
         return f"{rows:,} pairs"
 
     def examine(
-        self, model: Any, base: Any, data: PreparedData, split: str, measured: Sequence[Result]
+        self,
+        model: Any,
+        base: Any,
+        data: PreparedData,
+        split: str,
+        measured: Sequence[Result],
+        sums: torch.Tensor,
     ) -> Examination:
         """How often the chosen answer is likelier than the other, before and after."""
         bars = []

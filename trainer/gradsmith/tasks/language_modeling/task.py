@@ -155,7 +155,13 @@ class LanguageModeling(Task):
         return summarize(sums)
 
     def examine(
-        self, model: Any, base: Any, data: PreparedData, split: str, measured: Sequence[Result]
+        self,
+        model: Any,
+        base: Any,
+        data: PreparedData,
+        split: str,
+        measured: Sequence[Result],
+        sums: torch.Tensor,
     ) -> Examination:
         from .examine import examine
 
