@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from ..data.labelled import LabelledTextProcessor
+from ..data.prepared import PreparedData
 from ..data.processor import Batch
+from ..evaluation.blocks import Examination, Result
 from ..recipe import Recipe
-from .metrics import ClassificationSums
-from .task import Metric, Task
+from .figures import classification_blocks
+from .metrics import CLASSIFICATION_METRICS, ClassificationSums
+from .task import Task
 
 
 class Classification(Task):
@@ -22,12 +26,14 @@ class Classification(Task):
     """
 
     unit = "rows"
-    metrics = (
-        Metric("loss", "Loss", "nats per row"),
-        Metric("accuracy", "Accuracy", greater_is_better=True),
-        Metric("f1_macro", "F1, mean over the classes", greater_is_better=True),
-        Metric("calibration_error", "Calibration error"),
+    metrics = tuple(
+        metric
+        for metric in CLASSIFICATION_METRICS
+        if metric.name in ("loss", "accuracy", "f1_macro", "calibration_error")
     )
+    shown = ("accuracy", "f1_macro", "balanced_accuracy", "roc_auc", "loss", "calibration_error")
+
+    processor: Any
 
     def __init__(self, recipe: Recipe, processor: Any) -> None:
         super().__init__(recipe, processor)
@@ -57,6 +63,39 @@ class Classification(Task):
 
     def summarize(self, sums: torch.Tensor) -> dict[str, float]:
         return self.sums.summarize(sums)
+
+    def examine(
+        self,
+        model: Any,
+        base: Any,
+        data: PreparedData,
+        split: str,
+        measured: Sequence[Result],
+        sums: torch.Tensor,
+    ) -> Examination:
+        """Which classes are taken for which, how sure is right, and what is reached unread."""
+        by_name = {metric.name: metric for metric in CLASSIFICATION_METRICS}
+        values = measured[0]["values"]
+        note = (
+            f"The {split} split: {values['examples']:,.0f} rows of {len(self.labels)} classes, "
+            "held out from training. Majority gives every row the shares that the classes have "
+            "in the training split."
+        )
+        return Examination(
+            results=[*measured, self.majority(sums)],
+            definitions=tuple(by_name[name] for name in self.shown if name in values),
+            blocks=classification_blocks(self.sums, sums, self.labels),
+            note=note,
+        )
+
+    def majority(self, sums: torch.Tensor) -> Result:
+        """What it reaches to give every row the classes' shares of the training split."""
+        support = torch.tensor([of["support"] for of in self.sums.per_class(sums)])
+        counts = torch.tensor(list(self.processor.classes.values()), dtype=torch.float64)
+        logits = (counts / counts.sum()).log().expand(len(counts), -1)
+        guessed = self.sums.sums(logits, torch.arange(len(counts)), support)
+        values = self.sums.summarize(guessed)
+        return {"name": "majority", "values": values, "note": "reads nothing"}
 
     def decode(self, outputs: torch.Tensor) -> list[dict[str, Any]]:
         """label, and scores: the probability of each class."""

@@ -9,6 +9,7 @@ as right where its margin is above 0.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -64,7 +65,9 @@ def preference_loss(
     if objective.name == "kto":
         assert kl is not None
         return kto(pairs, kl, **settings)
-    return {"dpo": dpo, "ipo": ipo, "orpo": orpo, "simpo": simpo}[objective.name](pairs, **settings)
+    functions: dict[str, Callable[..., tuple[Tensor, Tensor]]]
+    functions = {"dpo": dpo, "ipo": ipo, "orpo": orpo, "simpo": simpo}
+    return functions[objective.name](pairs, **settings)
 
 
 def dpo(pairs: Pairs, beta: float, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
