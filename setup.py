@@ -106,7 +106,7 @@ setup(
         "gradsmith.recipes.quickstart": "recipes/quickstart",
     },
     package_data={
-        "gradsmith_kernels": ["py.typed", "*.pyi", "*/budgets.json"],
+        "gradsmith_kernels": ["py.typed", "*.pyi", "ops/*/budgets.json"],
         "gradsmith": ["py.typed"],
         "gradsmith.recipes.quickstart": ["*.yaml"],
     },

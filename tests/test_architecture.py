@@ -71,25 +71,25 @@ def test_files_with_instruction_set_flags_use_no_standard_library(path):
 
 @pytest.mark.parametrize("name", op_names())
 def test_an_op_folder_has_the_files_of_the_house(name):
-    files = {path.name for path in (KERNELS / name).iterdir()}
+    files = {path.name for path in (KERNELS / "ops" / name).iterdir()}
     assert {"__init__.py", "reference.py", "op.py", "spec.py"} <= files
     assert "triton.py" not in files
     if "triton_kernels.py" in files:
         assert "budgets.json" in files
-    if "cpu.py" in files and "_native" in (KERNELS / name / "cpu.py").read_text():
+    if "cpu.py" in files and "_native" in (KERNELS / "ops" / name / "cpu.py").read_text():
         sources = {path.name for path in (ROOT / "csrc" / name).iterdir()}
         assert {f"{name}.h", f"{name}_cpu.cpp", f"{name}_portable.cpp"} <= sources
 
 
 @pytest.mark.parametrize("name", op_names())
 def test_launch_options_are_fixed(name):
-    for path in (KERNELS / name).glob("triton_kernels.py"):
+    for path in (KERNELS / "ops" / name).glob("triton_kernels.py"):
         assert "autotune" not in {name for _, name in imports(path)}
         assert "triton.autotune" not in path.read_text()
 
 
 def test_an_op_folder_without_a_spec_is_an_error(monkeypatch):
-    from gradsmith_kernels import spec
+    from gradsmith_kernels.verify import spec
 
     monkeypatch.setattr(spec, "op_names", lambda: [*op_names(), "nameless"])
     with pytest.raises(RuntimeError, match=r"nameless has no spec\.py"):

@@ -1,0 +1,71 @@
+"""Optimizer steps on the CPU: csrc/optimizer_step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gradsmith_kernels import _native
+from gradsmith_kernels.ops.common.native import DTYPE_CODES
+from gradsmith_kernels.ops.common.tensor_lists import Contiguous, address_of, contiguous
+from gradsmith_kernels.ops.optimizer_step.rules import (
+    LAMB_APPLY,
+    Options,
+    Rule,
+    seed_of_step,
+    trust_ratio,
+)
+from gradsmith_kernels.ops.optimizer_step.tensors import Tensors
+
+
+class Plan:
+    """Tensors that are stepped together again and again, with what can be prepared once."""
+
+    def __init__(self, rule: Rule, tensors: Tensors) -> None:
+        self._rule, self._contiguous = rule, Contiguous(tensors)
+        names = ("params", "states1", "states2", "states3", "absmax1", "absmax2", "masters")
+        columns = [self._contiguous.column(name) for name in (*names, "compensations", "steps")]
+        self._plan = _native.StepPlan(
+            [
+                (
+                    *map(address_of, row),
+                    row[0].numel(),
+                    DTYPE_CODES[row[0].dtype],
+                    DTYPE_CODES[row[1].dtype] if rule.states else 0,
+                    stream,
+                )
+                for *row, stream in zip(*columns, tensors.streams, strict=True)
+            ]
+        )
+
+    def step(
+        self,
+        grads: list[Tensor],
+        options: Options,
+        scale: float,
+        zero_grads: bool,
+        seed: int | None,
+    ) -> None:
+        with self._contiguous.step(grads, zero_grads) as used:
+            self._plan.set_grads(used)
+            self._run(options, scale, zero_grads, seed)
+
+    def _run(self, options: Options, scale: float, zero_grads: bool, seed: int | None) -> None:
+        sets = [
+            (self._rule.coefficients(options, t), 0 if seed is None else seed_of_step(seed, t))
+            for t in self._plan.count()
+        ]
+        lamb, threads = self._rule.name == "lamb", torch.get_num_threads()
+        last = zero_grads and not lamb
+        sums = self._plan.run(self._rule.code, sets, False, scale, last, seed is not None, threads)
+        if lamb:  # the trust ratios are known now
+            scaled = []
+            for i, pair in zip(self._plan.places(), sums, strict=True):
+                coefficients, of_step = sets[i]
+                rate = coefficients[4] * trust_ratio(*pair)
+                scaled.append(([*coefficients[:4], rate, *coefficients[5:]], of_step))
+            self._plan.run(LAMB_APPLY, scaled, True, scale, zero_grads, False, threads)
+
+
+def squared_norm(grads: list[Tensor]) -> tuple[float, int]:
+    return _native.squared_norm(contiguous(grads), torch.get_num_threads())
