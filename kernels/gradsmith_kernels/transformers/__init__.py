@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from gradsmith_kernels.ops.attention import op as attention_op
+from gradsmith_kernels.ops.common.registration import FLOATS
 from gradsmith_kernels.ops.linear_cross_entropy import op as linear_cross_entropy_op
 from gradsmith_kernels.transformers import loss, memory, modules
 from gradsmith_kernels.transformers.exchange import exchange, subclass
@@ -175,7 +176,7 @@ def _unfit_attention(model: Any) -> str | None:
         return "its attention may need a mask of Sq x Sk: it does not take flash attention"
     if model.device.type == "meta":
         return "it is on the meta device: accelerate the model after loading it"
-    if model.dtype not in attention_op.FLOATS:
+    if model.dtype not in FLOATS:
         return f"it is {model.dtype}, beyond what the kernels take"
     try:
         attention_op.OP.resolve(None, model.device.type, model.dtype)

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from gradsmith_kernels import backends
+from gradsmith_kernels.ops.common.registration import FLOATS
 from gradsmith_kernels.ops.linear_cross_entropy import linear_cross_entropy
-from gradsmith_kernels.ops.linear_cross_entropy.op import FLOATS, OP
+from gradsmith_kernels.ops.linear_cross_entropy.op import OP
 from gradsmith_kernels.transformers.exchange import Accelerated, exchange, subclass, watched
 
 # Those that cap their logits if their config has final_logit_softcapping.

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from gradsmith_kernels.backends import BackendError, Op
+from gradsmith_kernels.ops.common.registration import FLOATS
 from gradsmith_kernels.ops.glu import geglu, swiglu
 from gradsmith_kernels.ops.glu import op as glu_op
 from gradsmith_kernels.ops.layer_norm import layer_norm
@@ -285,7 +286,7 @@ def _has_gate(module: nn.Module) -> bool:
 REPLACEMENTS = {
     "glu": Replacement(
         glu_op.OP,
-        glu_op.FLOATS,
+        FLOATS,
         _of("Llama Mistral Qwen2 Qwen3 SmolLM3 Gemma2 Gemma3", "MLP", _gate_and_up)
         | {"Dinov2SwiGLUFFN": _gate_and_up, "Phi3MLP": _phi3_mlp, "ModernBertMLP": _modernbert_mlp},
         _has_gate,
@@ -293,21 +294,21 @@ REPLACEMENTS = {
     ),
     "layer_norm": Replacement(
         layer_norm_op.OP,
-        rms_norm_op.FLOATS,
+        FLOATS,
         {"LayerNorm": _layer_norm, "ConvNextLayerNorm": _conv_next_layer_norm},
         lambda module: type(module).__name__.endswith("LayerNorm"),
         _unfit_layer_norm,
     ),
     "linear": _LinearReplacement(
         linear_op.OP,
-        linear_op.FLOATS,
+        (*FLOATS, torch.float64),
         {"Linear": _linear},
         lambda module: False,
         lambda module: None,
     ),
     "rms_norm": Replacement(
         rms_norm_op.OP,
-        rms_norm_op.FLOATS,
+        FLOATS,
         _of("Llama Mistral Qwen2 Qwen3 Phi3 SmolLM3", "RMSNorm", _rms_norm)
         | _of("Gemma2 Gemma3", "RMSNorm", _gemma_rms_norm),
         lambda module: type(module).__name__.endswith("RMSNorm"),
@@ -315,7 +316,7 @@ REPLACEMENTS = {
     ),
     "rope": Replacement(
         rope_op.OP,
-        rope_op.FLOATS,
+        FLOATS,
         _of("Llama Mistral Qwen2 Qwen3 Phi3 SmolLM3 Gemma2 Gemma3", "Attention", rotary.attention)
         | {"ModernBertAttention": rotary.modernbert_attention},
         rotary.looks_like_one,

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
+from models import FAMILIES, VOCABULARY, tiny
 from torch.overrides import TorchFunctionMode
 
 from gradsmith_kernels import accelerate
@@ -15,62 +15,27 @@ from gradsmith_kernels.verify.testing import Errors, over_draws
 
 transformers = pytest.importorskip("transformers")
 
-VOCAB = 50
 BATCHES = 4
-TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": VOCAB}
-TEXT |= {"num_attention_heads": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-CAUSAL = TEXT | {"num_key_value_heads": 2}
-ENCODER = TEXT | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": VOCAB, "bos_token_id": 1}
-GPT2 |= {"eos_token_id": 2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-MODERNBERT = TEXT | {"cls_token_id": 1, "sep_token_id": 2, "local_attention": 8}
-MODERNBERT |= {"num_hidden_layers": 3, "global_attn_every_n_layers": 3}
-IMAGE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_labels": 5}
-IMAGE |= {"image_size": 16, "patch_size": 4, "hidden_dropout_prob": 0.0}
-CONVNEXT = {"hidden_sizes": [16, 24], "depths": [1, 2], "num_stages": 2, "num_labels": 5}
-CONVNEXT |= {"patch_size": 2, "image_size": 16, "layer_scale_init_value": 0.5}
-
-CAUSAL_OPS = {"attention": 1, "glu": 2, "linear_cross_entropy": 1, "rms_norm": 5, "rope": 2}
-# name -> the config, its values, the model's class, and how many modules each op goes under
-FAMILIES = {
-    "llama": ("LlamaConfig", CAUSAL, "ForCausalLM", CAUSAL_OPS),
-    "mistral": ("MistralConfig", CAUSAL | {"sliding_window": 9}, "ForCausalLM", CAUSAL_OPS),
-    "qwen2": ("Qwen2Config", CAUSAL | {"tie_word_embeddings": True}, "ForCausalLM", CAUSAL_OPS),
-    "qwen3": ("Qwen3Config", CAUSAL | {"head_dim": 8}, "ForCausalLM",
-              CAUSAL_OPS | {"rms_norm": 9}),  # of its queries and keys as well
-    "gemma2": ("Gemma2Config", CAUSAL | {"head_dim": 8, "sliding_window": 9}, "ForCausalLM",
-               CAUSAL_OPS | {"rms_norm": 9}),
-    "gemma3": ("Gemma3TextConfig", CAUSAL | {"head_dim": 8, "sliding_window": 9}, "ForCausalLM",
-               CAUSAL_OPS | {"rms_norm": 13}),
-    "phi3": ("Phi3Config", CAUSAL, "ForCausalLM", CAUSAL_OPS),
-    "phi3 partial": ("Phi3Config", CAUSAL | {"rope_parameters": {
-        "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "ForCausalLM",
-        CAUSAL_OPS),
-    "smollm3": ("SmolLM3Config", CAUSAL | {"no_rope_layers": [1, 0]}, "ForCausalLM",
-                CAUSAL_OPS | {"rope": 1}),
-    "gpt2": ("GPT2Config", GPT2, "ForCausalLM",
-             {"attention": 1, "layer_norm": 5, "linear_cross_entropy": 1}),
-    "bert": ("BertConfig", ENCODER, "ForMaskedLM", {"attention": 1, "layer_norm": 6}),
-    "modernbert": ("ModernBertConfig", MODERNBERT, "ForMaskedLM",
-                   {"attention": 1, "glu": 3, "layer_norm": 8, "rope": 3}),
-    "vit": ("ViTConfig", IMAGE | {"intermediate_size": 48}, "ForImageClassification",
-            {"attention": 1, "layer_norm": 5}),
-    "dinov2": ("Dinov2Config", IMAGE, "ForImageClassification", {"attention": 1, "layer_norm": 5}),
-    "dinov2 swiglu": ("Dinov2Config", IMAGE | {"use_swiglu_ffn": True}, "ForImageClassification",
-                      {"attention": 1, "glu": 2, "layer_norm": 5}),
-    "convnext": ("ConvNextConfig", CONVNEXT, "ForImageClassification", {"layer_norm": 6}),
-}  # fmt: skip
-
-
-def build(family, dtype=torch.float32, draw=0):
-    torch.manual_seed(draw)
-    config, values, task, _ = FAMILIES[family]
-    config = getattr(transformers, config)(**values)
-    model = getattr(transformers, f"AutoModel{task}").from_config(config, dtype=dtype)
-    for parameter in model.parameters():
-        if parameter.dim() == 1:  # norms and biases would begin at 1 and 0, where errors hide
-            nn.init.normal_(parameter, parameter.mean().item(), 0.2)
-    return model.train()
+CAUSAL = {"attention": 1, "glu": 2, "linear_cross_entropy": 1, "rms_norm": 5, "rope": 2}
+# How many modules each op goes under.
+OPS = {
+    "llama": CAUSAL,
+    "mistral": CAUSAL,
+    "qwen2": CAUSAL,
+    "qwen3": CAUSAL | {"rms_norm": 9},  # of its queries and keys as well
+    "gemma2": CAUSAL | {"rms_norm": 9},
+    "gemma3": CAUSAL | {"rms_norm": 13},
+    "phi3": CAUSAL,
+    "phi3 partial": CAUSAL,
+    "smollm3": CAUSAL | {"rope": 1},
+    "gpt2": {"attention": 1, "layer_norm": 5, "linear_cross_entropy": 1},
+    "bert": {"attention": 1, "layer_norm": 6},
+    "modernbert": {"attention": 1, "glu": 3, "layer_norm": 8, "rope": 3},
+    "vit": {"attention": 1, "layer_norm": 5},
+    "dinov2": {"attention": 1, "layer_norm": 5},
+    "dinov2 swiglu": {"attention": 1, "glu": 2, "layer_norm": 5},
+    "convnext": {"layer_norm": 6},
+}
 
 
 def inputs(family, seed):
@@ -78,7 +43,7 @@ def inputs(family, seed):
     if FAMILIES[family][2] == "ForImageClassification":
         pixels = torch.randn(2, 3, 16, 16, generator=random)
         return {"pixel_values": pixels, "labels": torch.randint(5, (2,), generator=random)}
-    tokens = torch.randint(3, VOCAB, (2, 24), generator=random)
+    tokens = torch.randint(3, VOCABULARY, (2, 24), generator=random)
     return {"input_ids": tokens, "labels": torch.where(tokens % 5 == 0, -100, tokens)}
 
 
@@ -112,7 +77,7 @@ class Float64(TorchFunctionMode):
         return function(*map(widen, args), **kwargs)
 
 
-CASES = [(family, torch.float32) for family in FAMILIES]
+CASES = [(family, torch.float32) for family in OPS]
 CASES += [(family, torch.bfloat16) for family in ("llama", "gemma3", "phi3", "modernbert", "vit")]
 
 
@@ -120,12 +85,12 @@ CASES += [(family, torch.bfloat16) for family in ("llama", "gemma3", "phi3", "mo
 def test_loss_and_gradients_are_those_of_the_untouched_model(family, dtype):
     def draw(number):
         """The errors with other weights and batches."""
-        model = build(family, dtype, number)
+        model = tiny(family, dtype, number)
         accelerated = copy.deepcopy(model)
         report = accelerate(accelerated)
         found = Counter(op for op, _ in report.replaced.values())
         found.pop("linear", None)  # there on AMX alone
-        assert found == FAMILIES[family][3]
+        assert found == OPS[family]
         assert {backend for _, backend in report.replaced.values()} == {"cpu"}
         assert [*accelerated.state_dict()] == [*model.state_dict()]
 
@@ -152,7 +117,7 @@ def test_loss_and_gradients_are_those_of_the_untouched_model(family, dtype):
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "phi3", "gpt2"])
 def test_generation_with_a_cache_gives_the_same_tokens(family):
-    model = build(family).eval()
+    model = tiny(family).eval()
     accelerated = copy.deepcopy(model)
     accelerate(accelerated)
     tokens = inputs(family, 0)["input_ids"]
@@ -167,7 +132,7 @@ def test_generation_with_a_cache_gives_the_same_tokens(family):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_trainer_of_transformers_has_the_same_losses(tmp_path, precision):
     pytest.importorskip("accelerate")
-    rows = torch.randint(3, VOCAB, (32, 16), generator=torch.Generator().manual_seed(2))
+    rows = torch.randint(3, VOCABULARY, (32, 16), generator=torch.Generator().manual_seed(2))
     dataset = [{"input_ids": row, "labels": row} for row in rows]
 
     def losses(model):
@@ -184,7 +149,7 @@ def test_the_trainer_of_transformers_has_the_same_losses(tmp_path, precision):
         found = [row["loss"] for row in trainer.state.log_history if "loss" in row]
         return [*found, trainer.evaluate()["eval_loss"]]
 
-    model = build("llama")
+    model = tiny("llama")
     accelerated = copy.deepcopy(model)
     accelerate(accelerated)
     ours, theirs = losses(accelerated), losses(model)

@@ -5,10 +5,12 @@ import importlib
 import re
 from pathlib import Path
 
+import models
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import VOCABULARY
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,77 +21,39 @@ from gradsmith_kernels.transformers.attention import Mask
 from gradsmith_kernels.verify.testing import relative_error
 
 transformers = pytest.importorskip("transformers")
+
 masking = importlib.import_module("transformers.masking_utils")
 
-S, VOCABULARY = 24, 60
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-TEXT = {**SIZES, "intermediate_size": 48, "vocab_size": VOCABULARY, "pad_token_id": 0}
-GROUPED = {**TEXT, "num_key_value_heads": 2}
-HEADS = {**GROUPED, "head_dim": 8}
+S = 24
 LAYERS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5}
-
+SLIDING = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+# What is changed in the models of models.py.
 DECODERS = {
-    "llama": (transformers.LlamaConfig, GROUPED),
-    "qwen2": (
-        transformers.Qwen2Config,
-        {**GROUPED, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
-    ),
-    "qwen3": (transformers.Qwen3Config, HEADS),
-    "mistral": (transformers.MistralConfig, {**HEADS, "sliding_window": 5}),
-    "gemma2": (
-        transformers.Gemma2Config,
-        {**HEADS, "sliding_window": 5, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 3},
-    ),
-    "gemma3": (transformers.Gemma3TextConfig, {**HEADS, **LAYERS}),
-    "phi3": (transformers.Phi3Config, {**GROUPED, "sliding_window": 6}),
-    "gpt2": (
-        transformers.GPT2Config,
-        {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": VOCABULARY},
-    ),
-    "gpt_oss": (
-        transformers.GptOssConfig,
-        {**HEADS, **LAYERS, "num_local_experts": 2, "num_experts_per_tok": 1},
-    ),
-    "deepseek_v3": (  # heads of another size for values
-        transformers.DeepseekV3Config,
-        {
-            **TEXT,
-            "num_key_value_heads": 4,
-            "kv_lora_rank": 8,
-            "q_lora_rank": 8,
-            "qk_rope_head_dim": 4,
-            "qk_nope_head_dim": 8,
-            "v_head_dim": 6,
-            "first_k_dense_replace": 2,
-        },
-    ),
+    "llama": {},
+    "qwen2": SLIDING,
+    "qwen3": {},
+    "mistral": {"sliding_window": 5},
+    "gemma2": {"sliding_window": 5, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 3},
+    "gemma3": LAYERS,
+    "phi3": {"sliding_window": 6},
+    "gpt2": {},
+    "gpt_oss": LAYERS,
+    "deepseek_v3": {},
 }
 ENCODERS = {
-    "bert": (transformers.BertConfig, TEXT),
-    "modernbert": (
-        transformers.ModernBertConfig,
-        {**TEXT, "local_attention": 6, "global_attn_every_n_layers": 2},
-    ),
+    "bert": {},
+    "modernbert": {"num_hidden_layers": 2, "local_attention": 6, "global_attn_every_n_layers": 2},
 }
-KINDS = {**DECODERS, **ENCODERS}
 
 
 def tiny(kind, dtype=torch.float64, **changes):
-    torch.manual_seed(0)
-    config, values = KINDS[kind]
-    auto = transformers.AutoModelForCausalLM
-    if kind in ENCODERS:
-        auto = transformers.AutoModelForMaskedLM
-        changes = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, **changes}
-    elif kind == "gpt2":
-        changes = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, **changes}
-    model = auto.from_config(config(**{**values, **changes}))
+    model = models.tiny(kind, **(DECODERS | ENCODERS)[kind] | changes)
     for name, parameter in model.named_parameters():
         if "norm" not in name:
             nn.init.normal_(parameter, 0, 0.3)  # attention must matter
     if kind == "gpt_oss":
         model.set_experts_implementation("eager")  # the other one takes no float64
-    return (model if dtype == torch.float32 else model.to(dtype)).train()
+    return model if dtype == torch.float32 else model.to(dtype)
 
 
 def with_ours(model):
@@ -169,8 +133,7 @@ def test_encoders_compute_what_they_did(kind, case, sparse):
 
 def test_a_vision_model_computes_what_it_did(sparse):
     torch.manual_seed(0)
-    sizes = {**SIZES, "intermediate_size": 48, "image_size": 12, "patch_size": 4}
-    model = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes)).double().train()
+    model = models.tiny("vit", image_size=12, attention_probs_dropout_prob=0.0).double()
     inputs = {"pixel_values": torch.randn(2, 3, 12, 12).double(), "labels": torch.tensor([0, 1])}
     assert_same(model, with_ours(model), inputs)
 

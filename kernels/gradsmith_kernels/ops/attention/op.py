@@ -11,9 +11,8 @@ from torch import Tensor
 
 from gradsmith_kernels.backends import Implementation, Op
 from gradsmith_kernels.ops.attention.reference import Options, rest_shape, statistics_shape
-from gradsmith_kernels.ops.common.registration import differentiable
+from gradsmith_kernels.ops.common.registration import FLOATS, differentiable
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_SIZE = 256
 OP = Op(
     "attention",

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gradsmith_kernels.ops.attention import attention, attention_varlen
-from gradsmith_kernels.ops.attention.op import FLOATS, OP
+from gradsmith_kernels.ops.attention.op import OP
 from gradsmith_kernels.ops.attention.reference import allowed, kept
+from gradsmith_kernels.ops.common.registration import FLOATS
 from gradsmith_kernels.verify.spec import (
     BenchCase,
     CompileCase,

@@ -12,23 +12,21 @@ import triton
 import triton.language as tl
 
 from gradsmith_kernels.ops.attention.triton_forward import (
-    LOG2E,
     SIZES,
     contiguous_rows,
     head_rows,
     kept,
     keys_of,
     load_tile,
-    power,
     sequence,
     spans,
     statistics_rows,
     store_tile,
-    tanh,
     tile_count,
     tile_number,
     visible,
 )
+from gradsmith_kernels.ops.common.triton_math import LOG2E, power, tanh
 
 
 @triton.jit(do_not_specialize=SIZES)

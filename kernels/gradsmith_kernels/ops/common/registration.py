@@ -22,6 +22,9 @@ from torch.autograd import forward_ad
 
 Kernel = Callable[..., Any]
 
+# What kernels take; the reference takes float64 besides.
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
 # Types of which nothing but the value counts. Not those of subclasses: they may do anything.
 _PLAIN = frozenset(
     (Tensor, nn.Parameter, bool, int, float, str, list, tuple, torch.dtype, NoneType)

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from gradsmith_kernels.backends import Implementation, Op
-from gradsmith_kernels.ops.common.registration import differentiable
+from gradsmith_kernels.ops.common.registration import FLOATS, differentiable
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # The activation -> the public function that takes it, for messages.
 ACTIVATIONS = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu"}
 OP = Op(

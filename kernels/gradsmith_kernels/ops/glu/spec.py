@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from gradsmith_kernels.ops.common.registration import FLOATS
 from gradsmith_kernels.ops.glu import geglu, swiglu
-from gradsmith_kernels.ops.glu.op import ACTIVATIONS, FLOATS, OP
+from gradsmith_kernels.ops.glu.op import ACTIVATIONS, OP
 from gradsmith_kernels.verify.spec import (
     BenchCase,
     CompileCase,

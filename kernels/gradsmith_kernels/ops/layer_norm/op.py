@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from gradsmith_kernels.backends import Implementation, Op
-from gradsmith_kernels.ops.common.registration import differentiable
-from gradsmith_kernels.ops.rms_norm.op import FLOATS, check_norm
+from gradsmith_kernels.ops.common.norm import check_norm
+from gradsmith_kernels.ops.common.registration import FLOATS, differentiable
 
 OP = Op(
     "layer_norm",

@@ -9,10 +9,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from gradsmith_kernels.ops.common.norm import SHAPES, in_layout, outputs_and_gradients
+from gradsmith_kernels.ops.common.registration import FLOATS
 from gradsmith_kernels.ops.layer_norm import layer_norm
 from gradsmith_kernels.ops.layer_norm.op import OP
-from gradsmith_kernels.ops.rms_norm.op import FLOATS
-from gradsmith_kernels.ops.rms_norm.spec import SHAPES, in_layout
 from gradsmith_kernels.verify.spec import (
     BenchCase,
     CompileCase,
@@ -99,21 +99,6 @@ def torch_layer_norm(
     return y.to(h.dtype), h
 
 
-def outputs_and_gradients(function: Function, inputs: Inputs) -> Outputs:
-    names = [n for n in ("x", "weight", "bias", "residual") if inputs[n] is not None]
-    leaves = {name: inputs[name].detach().requires_grad_() for name in names}
-    y, h = function(leaves["x"], leaves.get("weight"), leaves.get("bias"), leaves.get("residual"))
-    results, upstream = {"y": y}, [inputs["dy"]]
-    if inputs["residual"] is not None:
-        results["h"] = h
-        upstream.append(inputs["dh"])
-    gradients = torch.autograd.grad(list(results.values()), list(leaves.values()), upstream)
-    gradient_names = (f"d{name}" for name in names)
-    return {name: result.detach() for name, result in results.items()} | dict(
-        zip(gradient_names, gradients, strict=True)
-    )
-
-
 def ours(backend: str | None) -> Function:
     def function(
         x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
@@ -156,10 +141,10 @@ class LayerNormSpec(Spec):
         return samples
 
     def run(self, inputs: Inputs, backend: str | None) -> Outputs:
-        return outputs_and_gradients(ours(backend), inputs)
+        return outputs_and_gradients(ours(backend), ("weight", "bias"), inputs)
 
     def naive(self, inputs: Inputs) -> Outputs:
-        return outputs_and_gradients(torch_layer_norm, inputs)
+        return outputs_and_gradients(torch_layer_norm, ("weight", "bias"), inputs)
 
     def opchecks(self, device: torch.device) -> list[OpCheck]:
         ops = torch.ops.gradsmith
@@ -200,7 +185,7 @@ class LayerNormSpec(Spec):
                 function(inputs["x"], inputs["weight"], inputs["bias"], inputs["residual"])
 
         def forward_backward(function: Function, inputs: Inputs) -> None:
-            outputs_and_gradients(function, inputs)
+            outputs_and_gradients(function, ("weight", "bias"), inputs)
 
         def time_ours(timed: Timed, inputs: Inputs, backend: str | None) -> None:
             timed(ours(backend), inputs)

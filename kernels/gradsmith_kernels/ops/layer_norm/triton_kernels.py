@@ -13,8 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gradsmith_kernels.ops.common.native import as_rows
-from gradsmith_kernels.ops.layer_norm.op import empty_gradients
-from gradsmith_kernels.ops.rms_norm.triton_kernels import (
+from gradsmith_kernels.ops.common.triton_norm import (
     MAX_PROGRAMS,
     dweight_kernel,
     load,
@@ -22,6 +21,7 @@ from gradsmith_kernels.ops.rms_norm.triton_kernels import (
     sum_rows,
     tile,
 )
+from gradsmith_kernels.ops.layer_norm.op import empty_gradients
 from gradsmith_kernels.verify.spec import CompileCase
 
 

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from gradsmith_kernels.backends import X86, Implementation, Op, native, torch_multiplies_bf16
-from gradsmith_kernels.ops.common.registration import differentiable
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from gradsmith_kernels.ops.common.registration import FLOATS, differentiable
 
 
 class _LinearOp(Op):
@@ -31,7 +29,7 @@ class _LinearOp(Op):
 OP = _LinearOp(
     "linear",
     {
-        "reference": Implementation(f"{__package__}.reference", FLOATS),
+        "reference": Implementation(f"{__package__}.reference", (*FLOATS, torch.float64)),
         "cpu": Implementation(f"{__package__}.cpu", (torch.bfloat16, torch.float16)),
     },
 )
@@ -71,7 +69,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
-        if tensor.dtype not in FLOATS:
+        if tensor.dtype not in (*FLOATS, torch.float64):
             raise TypeError(
                 f"linear: {name} is {tensor.dtype}; it must be float32, bfloat16, float16 or "
                 "float64"

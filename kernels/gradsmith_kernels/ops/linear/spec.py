@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gradsmith_kernels.backends import torch_multiplies_bf16
+from gradsmith_kernels.ops.common.registration import FLOATS
 from gradsmith_kernels.ops.linear import linear
-from gradsmith_kernels.ops.linear.op import FLOATS, OP
+from gradsmith_kernels.ops.linear.op import OP
 from gradsmith_kernels.verify.spec import (
     BenchCase,
     CompileCase,
@@ -94,7 +95,7 @@ class LinearSpec(Spec):
 
     def samples(self) -> list[Sample]:
         samples = []
-        for dtype in FLOATS[:3]:
+        for dtype in FLOATS:
             one = partial(sample, dtype=dtype)
             samples += [
                 one((5, 33), 7),

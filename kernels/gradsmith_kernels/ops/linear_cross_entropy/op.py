@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from gradsmith_kernels.backends import Implementation, Op
-from gradsmith_kernels.ops.common.registration import differentiable
+from gradsmith_kernels.ops.common.registration import FLOATS, differentiable
 from gradsmith_kernels.ops.linear_cross_entropy.reference import TILE_ROOM, Options
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 REDUCTIONS = ("mean", "sum", "none")
 OP = Op(
     "linear_cross_entropy",

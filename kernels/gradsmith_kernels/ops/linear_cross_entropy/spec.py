@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gradsmith_kernels.ops.common.registration import FLOATS
 from gradsmith_kernels.ops.linear_cross_entropy import linear_cross_entropy
-from gradsmith_kernels.ops.linear_cross_entropy.op import FLOATS, OP
+from gradsmith_kernels.ops.linear_cross_entropy.op import OP
 from gradsmith_kernels.verify.spec import (
     BenchCase,
     CompileCase,

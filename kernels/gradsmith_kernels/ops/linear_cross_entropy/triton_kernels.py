@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gradsmith_kernels.ops.attention.triton_forward import power, tanh
+from gradsmith_kernels.ops.common.triton_math import power, tanh
 from gradsmith_kernels.ops.linear_cross_entropy.reference import Options
 from gradsmith_kernels.verify.spec import CompileCase
 

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from gradsmith_kernels.backends import Implementation, Op
-from gradsmith_kernels.ops.common.registration import register
+from gradsmith_kernels.ops.common.registration import FLOATS, register
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 OP = Op(
     "newton_schulz",
     {

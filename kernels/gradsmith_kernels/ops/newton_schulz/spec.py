@@ -7,8 +7,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from gradsmith_kernels.ops.common.registration import FLOATS
 from gradsmith_kernels.ops.newton_schulz import COEFFICIENTS, newton_schulz
-from gradsmith_kernels.ops.newton_schulz.op import FLOATS, OP
+from gradsmith_kernels.ops.newton_schulz.op import OP
 from gradsmith_kernels.verify.spec import (
     CompileCase,
     Inputs,

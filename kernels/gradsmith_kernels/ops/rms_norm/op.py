@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from gradsmith_kernels.backends import Implementation, Op
-from gradsmith_kernels.ops.common.registration import differentiable
+from gradsmith_kernels.ops.common.norm import check_norm
+from gradsmith_kernels.ops.common.registration import FLOATS, differentiable
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_DTYPES = frozenset((*FLOATS, torch.float64))
 OP = Op(
     "rms_norm",
     {
@@ -37,51 +36,6 @@ torch.library.define(
     "(Tensor dy, Tensor? dh, Tensor h, Tensor weight, Tensor rstd, float offset,"
     " bool need_dweight, str? backend=None) -> (Tensor dx, Tensor dweight)",
 )
-
-
-def check_norm(
-    op: str,
-    x: Tensor,
-    residual: Tensor | None,
-    eps: float,
-    weight: Tensor | None,
-    bias: Tensor | None,
-) -> None:
-    """What every norm over the last dimension asks of its arguments."""
-    dtype, shape, device = x.dtype, x.shape, x.device
-    if dtype not in _DTYPES:
-        raise TypeError(_not_a_float(op, "x", dtype))
-    if not shape:
-        raise ValueError(f"{op}: x is (); it needs a last dimension to normalise over")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is None:
-            continue
-        if tensor.dtype is not dtype:
-            if tensor.dtype not in _DTYPES:
-                raise TypeError(_not_a_float(op, name, tensor.dtype))
-            if torch.float64 in (dtype, tensor.dtype):
-                raise TypeError(f"{op}: float64 does not mix: x is {dtype}, {name} {tensor.dtype}")
-        if tensor.shape != shape[-1:]:
-            raise ValueError(
-                f"{op}: {name} must have the size of x's last dimension: x is {tuple(shape)}, "
-                f"{name} is {tuple(tensor.shape)}"
-            )
-        if tensor.device != device:
-            raise ValueError(f"{op}: x is on {device}, {name} on {tensor.device}")
-    if residual is not None:
-        if residual.shape != shape or residual.device != device:
-            raise ValueError(
-                f"{op}: residual must be like x, which is {tuple(shape)} on {device}; "
-                f"it is {tuple(residual.shape)} on {residual.device}"
-            )
-        if residual.dtype != dtype:
-            raise TypeError(f"{op}: residual is {residual.dtype}, x is {dtype}")
-    if not eps > 0:
-        raise ValueError(f"{op}: eps is {eps}; it must be > 0")
-
-
-def _not_a_float(op: str, name: str, dtype: torch.dtype) -> str:
-    return f"{op}: {name} is {dtype}; it must be float32, bfloat16, float16 or float64"
 
 
 def _check(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float) -> None:

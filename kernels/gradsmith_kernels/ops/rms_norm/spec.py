@@ -9,8 +9,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from gradsmith_kernels.ops.common.norm import SHAPES, in_layout, outputs_and_gradients
+from gradsmith_kernels.ops.common.registration import FLOATS
 from gradsmith_kernels.ops.rms_norm import rms_norm
-from gradsmith_kernels.ops.rms_norm.op import FLOATS, OP
+from gradsmith_kernels.ops.rms_norm.op import OP
 from gradsmith_kernels.verify.spec import (
     BenchCase,
     CompileCase,
@@ -24,49 +26,10 @@ from gradsmith_kernels.verify.spec import (
 from gradsmith_kernels.verify.testing import check_parity
 
 # x, weight, residual, offset -> y, h
-Function = Callable[[Tensor, Tensor, Tensor | None, float], tuple[Tensor, Tensor]]
+Function = Callable[..., tuple[Tensor, Tensor]]
 Timed = Callable[[Function, Inputs], None]
 
 EPS = 1e-6
-SHAPES = (
-    (1, 1),
-    (3, 7),
-    (2, 5, 130),
-    (33, 100),
-    (300, 64),
-    (129, 128),
-    (6, 4096),
-    (5, 9001),  # longer than one Triton block, and no multiple of anything
-    (0, 8),
-    (4, 0),
-)
-
-
-def in_layout(
-    layout: str,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-    generator: torch.Generator,
-    mean: float = 0.0,
-) -> Tensor:
-    """Normal numbers of deviation 1 in a tensor of this shape.
-
-    layout: "contiguous"; "rows" (rows further apart than they are long); "columns" (elements of a
-    row not adjacent); "heads" (a transposed view of four dimensions).
-    """
-
-    def normal(*size: int) -> Tensor:
-        return (torch.randn(size, generator=generator) + mean).to(dtype).to(device)
-
-    if layout == "rows":
-        return normal(*shape[:-1], shape[-1] + 24)[..., 8 : 8 + shape[-1]]
-    if layout == "columns":
-        return normal(*shape[:-1], 2 * shape[-1])[..., ::2]
-    if layout == "heads":
-        batch, heads, length, size = shape
-        return normal(batch, length, heads, size).transpose(1, 2)
-    return normal(*shape)
 
 
 def make_inputs(
@@ -125,21 +88,6 @@ def naive_rms_norm(
     return (weight * wide.to(x.dtype)).to(x.dtype), h
 
 
-def outputs_and_gradients(function: Function, inputs: Inputs) -> Outputs:
-    names = [name for name in ("x", "weight", "residual") if inputs[name] is not None]
-    leaves = {name: inputs[name].detach().requires_grad_() for name in names}
-    y, h = function(leaves["x"], leaves["weight"], leaves.get("residual"), inputs["offset"])
-    results, upstream = {"y": y}, [inputs["dy"]]
-    if inputs["residual"] is not None:
-        results["h"] = h
-        upstream.append(inputs["dh"])
-    gradients = torch.autograd.grad(list(results.values()), list(leaves.values()), upstream)
-    gradient_names = (f"d{name}" for name in names)
-    return {name: result.detach() for name, result in results.items()} | dict(
-        zip(gradient_names, gradients, strict=True)
-    )
-
-
 def ours(backend: str | None) -> Function:
     def function(
         x: Tensor, weight: Tensor, residual: Tensor | None, offset: float
@@ -157,6 +105,11 @@ def torch_rms_norm(
     assert not offset, "torch's has none"
     h = x if residual is None else x + residual
     return torch.nn.functional.rms_norm(h, weight.shape, weight, EPS), h
+
+
+def of_inputs(function: Function, inputs: Inputs) -> Outputs:
+    with_offset = partial(function, offset=inputs["offset"])
+    return outputs_and_gradients(with_offset, ("weight",), inputs)
 
 
 class RmsNormSpec(Spec):
@@ -184,10 +137,10 @@ class RmsNormSpec(Spec):
         return samples
 
     def run(self, inputs: Inputs, backend: str | None) -> Outputs:
-        return outputs_and_gradients(ours(backend), inputs)
+        return of_inputs(ours(backend), inputs)
 
     def naive(self, inputs: Inputs) -> Outputs:
-        return outputs_and_gradients(naive_rms_norm, inputs)
+        return of_inputs(naive_rms_norm, inputs)
 
     def opchecks(self, device: torch.device) -> list[OpCheck]:
         ops = torch.ops.gradsmith
@@ -219,7 +172,7 @@ class RmsNormSpec(Spec):
                 function(inputs["x"], inputs["weight"], inputs["residual"], inputs["offset"])
 
         def forward_backward(function: Function, inputs: Inputs) -> None:
-            outputs_and_gradients(function, inputs)
+            of_inputs(function, inputs)
 
         def time_ours(timed: Timed, inputs: Inputs, backend: str | None) -> None:
             timed(ours(backend), inputs)

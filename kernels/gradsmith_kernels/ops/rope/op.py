@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from gradsmith_kernels.backends import Implementation, Op
-from gradsmith_kernels.ops.common.registration import differentiable
+from gradsmith_kernels.ops.common.registration import FLOATS, differentiable
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 OP = Op(
     "rope",
     {

@@ -8,8 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from gradsmith_kernels.ops.common.registration import FLOATS
 from gradsmith_kernels.ops.rope import rope
-from gradsmith_kernels.ops.rope.op import FLOATS, OP
+from gradsmith_kernels.ops.rope.op import OP
 from gradsmith_kernels.verify.spec import (
     BenchCase,
     CompileCase,
