@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,8 @@ class Resources:
     loads_128: int
     tensor_core: int
 
+
+Chips = dict[str, dict[str, dict[str, int]]]  # chip -> kernel -> resource -> how much of it
 
 MORE_IS_BETTER = ("loads_128", "tensor_core")
 
@@ -131,6 +133,32 @@ def budgets_path(spec: Spec) -> Path:
     return Path(__file__).parents[1] / "ops" / spec.op.name / "budgets.json"
 
 
+def read_budgets(spec: Spec) -> tuple[str, Chips]:
+    """The version of Triton that an op's budgets are of, and they: chip -> kernel -> resources."""
+    content = json.loads(budgets_path(spec).read_text())
+    chips = {
+        chip: {
+            name: dict(zip(content["columns"], row, strict=True)) for name, row in kernels.items()
+        }
+        for chip, kernels in content["chips"].items()
+    }
+    return content["triton"], chips
+
+
+def write_budgets(spec: Spec, version: str, chips: Chips) -> None:
+    """Writes an op's budgets, a line a kernel under the names of the columns."""
+    columns = [field.name for field in fields(Resources)]
+    blocks = []
+    for chip, kernels in chips.items():
+        rows = [
+            f"   {json.dumps(name)}: {json.dumps([used[column] for column in columns])}"
+            for name, used in kernels.items()
+        ]
+        blocks.append(f"  {json.dumps(chip)}: {{\n" + ",\n".join(rows) + "\n  }")
+    head = f' "triton": {json.dumps(version)},\n "columns": {json.dumps(columns)},\n "chips": {{\n'
+    budgets_path(spec).write_text("{\n" + head + ",\n".join(blocks) + "\n }\n}\n")
+
+
 def measure(op_name: str, chip: str) -> dict[str, dict[str, int]]:
     """Kernel name -> resources, for every kernel of an op on one chip."""
     spec = next(spec for spec in all_specs() if spec.op.name == op_name)
@@ -138,7 +166,7 @@ def measure(op_name: str, chip: str) -> dict[str, dict[str, int]]:
     return {case.name: asdict(compile_case(case, chip)) for case in cases}
 
 
-def measure_all(specs: list[Spec]) -> dict[str, dict[str, dict[str, dict[str, int]]]]:
+def measure_all(specs: list[Spec]) -> dict[str, Chips]:
     """Op -> chip -> kernel -> resources; as many compilers at a time as there are cores."""
     jobs = [
         (spec.op.name, chip)
@@ -146,7 +174,7 @@ def measure_all(specs: list[Spec]) -> dict[str, dict[str, dict[str, dict[str, in
         if "triton" in spec.op.implementations
         for chip in CHIPS
     ]
-    results: dict[str, dict[str, dict[str, dict[str, int]]]] = {}
+    results: dict[str, Chips] = {}
     with ProcessPoolExecutor(mp_context=_spawn()) as pool:
         for (op, chip), kernels in zip(
             jobs, pool.map(measure, *zip(*jobs, strict=True)), strict=True
@@ -175,15 +203,15 @@ def compare(
     return worse
 
 
-def check(spec: Spec, measured: dict[str, dict[str, dict[str, int]]]) -> list[str]:
+def check(spec: Spec, measured: Chips) -> list[str]:
     """Compares an op's resources (chip -> kernel -> resources) with its committed budgets."""
     import triton
 
-    budgets = json.loads(budgets_path(spec).read_text())
-    same_version = budgets["triton"] == triton.__version__
+    version, budgets = read_budgets(spec)
+    same_version = version == triton.__version__
     messages = []
     for chip, kernels in measured.items():
-        known = budgets["chips"].get(chip, {}) if same_version else None
+        known = budgets.get(chip, {}) if same_version else None
         for kernel, resources in kernels.items():
             if known is not None and kernel not in known:
                 messages.append(f"{kernel} on {chip}: not in {budgets_path(spec).name}")
@@ -208,8 +236,7 @@ def main(arguments: list[str]) -> int:
     for op, chips in measure_all(specs).items():
         spec = next(spec for spec in specs if spec.op.name == op)
         if arguments:
-            content = {"triton": triton.__version__, "chips": chips}
-            budgets_path(spec).write_text(json.dumps(content, indent=1) + "\n")
+            write_budgets(spec, triton.__version__, chips)
             print(f"{op}: wrote {budgets_path(spec)}")
             continue
         messages = check(spec, chips)

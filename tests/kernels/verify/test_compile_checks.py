@@ -1,7 +1,5 @@
 """Every Triton kernel compiles for every chip within its committed budget, without a GPU."""
 
-import json
-
 import pytest
 
 from gradsmith_kernels.verify import compile_checks
@@ -21,14 +19,27 @@ def test_kernels_stay_within_their_budgets():
 
 def test_budgets_have_no_spills_and_wide_loads():
     for spec in all_specs("triton"):
-        budgets = json.loads(compile_checks.budgets_path(spec).read_text())
-        for chip, kernels in budgets["chips"].items():
+        _, budgets = compile_checks.read_budgets(spec)
+        for chip, kernels in budgets.items():
             # Not of each: sums over a few numbers, and columns, have nothing wide to load. Nor on
             # gfx942: of the same tile its waves of 64 lanes may load half as much a lane.
             wide = any(resources["loads_128"] > 0 for resources in kernels.values())
             assert wide or chip == "gfx942"
             for resources in kernels.values():
                 assert resources["spill_loads"] == resources["spill_stores"] == 0
+
+
+def test_budgets_are_a_line_a_kernel_and_written_as_they_are_read(tmp_path, monkeypatch):
+    paths = [compile_checks.budgets_path(spec) for spec in all_specs("triton")]
+    monkeypatch.setattr(compile_checks, "budgets_path", lambda _: tmp_path / "budgets.json")
+    for path in paths:
+        text = path.read_text()
+        (tmp_path / "budgets.json").write_text(text)
+        version, chips = compile_checks.read_budgets(None)
+        compile_checks.write_budgets(None, version, chips)
+        assert (tmp_path / "budgets.json").read_text() == text
+        kernels = sum(len(kernels) for kernels in chips.values())
+        assert len(text.splitlines()) == kernels + 2 * len(chips) + 6
 
 
 @pytest.mark.parametrize(
