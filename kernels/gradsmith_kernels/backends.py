@@ -21,7 +21,6 @@ import pkgutil
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -151,7 +150,7 @@ class Op:
 
 def op_names() -> list[str]:
     """Every op: the folders of ops/, but for what they share."""
-    found = pkgutil.iter_modules([str(Path(__file__).parent / "ops")])
+    found = pkgutil.iter_modules(importlib.import_module("gradsmith_kernels.ops").__path__)
     return sorted(module.name for module in found if module.ispkg and module.name != "common")
 
 

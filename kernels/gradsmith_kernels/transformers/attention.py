@@ -296,10 +296,10 @@ def _documents(numbers: Tensor) -> tuple[Tensor, int]:
 def _unpad(padding: Tensor, q_length: int, unlimited: bool) -> tuple[Tensor, Tensor] | None:
     """cu_seqlens for queries and keys of padded rows; None where padding lies amid a row.
 
-    A row is four sequences: keys before the text, the text, queries behind it, keys behind it. In
-    the first, third and fourth there are no queries or no keys, so nothing is computed for them.
-    Queries before the text are in its sequence, where they come before all keys and see none;
-    with no window at all every query sees the text, as in cross-attention.
+    A padded row is packed as four sequences: keys before the text, the text, queries behind it,
+    keys behind it. In the first, third and fourth there are no queries or no keys, so nothing is
+    computed for them. Queries before the text are in its sequence, where they come before all keys
+    and see none; with no window at all every query sees the text, as in cross-attention.
     """
     if _valueless(padding):
         return None

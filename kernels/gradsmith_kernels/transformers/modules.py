@@ -116,7 +116,8 @@ def _is_known(activation: nn.Module) -> bool:
 def _fuses(activation: nn.Module) -> bool:
     """Whether an activation may be computed without calling it: it is known, and nobody watches it.
 
-    (What DeepSpeed's hooks gather are weights; here are none.)
+    ZeRO-3 puts hooks on every module to gather its weights. An activation has no weights, so it may
+    be skipped.
     """
     return _is_known(activation) and not watched(activation)
 

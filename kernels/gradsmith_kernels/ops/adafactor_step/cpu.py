@@ -19,15 +19,15 @@ class Plan:
         names = ("params", "row_vars", "col_vars", "masters", "compensations", "steps")
         self._plan = _native.AdafactorPlan(
             [
-                (
-                    address_of(p),
-                    address_of(row_var),
-                    address_of(col_var) if p.ndim >= 2 else 0,
-                    address_of(master),
-                    address_of(compensation),
-                    address_of(step),
-                    *matrices_of(p.shape),
-                    DTYPE_CODES[p.dtype],
+                _native.FactorRow(
+                    param=address_of(p),
+                    row_var=address_of(row_var),
+                    col_var=address_of(col_var) if p.ndim >= 2 else 0,
+                    master=address_of(master),
+                    compensation=address_of(compensation),
+                    step=address_of(step),
+                    **dict(zip(("matrices", "rows", "cols"), matrices_of(p.shape), strict=True)),
+                    param_dtype=DTYPE_CODES[p.dtype],
                 )
                 for p, row_var, col_var, master, compensation, step in zip(
                     *map(self._contiguous.column, names), strict=True

@@ -1,4 +1,8 @@
-"""gradsmith::adafactor_step_: schema (what it writes to), checks, fake, backends."""
+"""gradsmith::adafactor_step_: schema (what it writes to), checks, fake, backends.
+
+Lists with an entry a tensor. Of a (..., R, C), row_var is (..., R, 1) and col_var (..., 1, C),
+float32 (`tensors.factor_shapes`). steps: one float32 element each, on the CPU.
+"""
 
 from __future__ import annotations
 

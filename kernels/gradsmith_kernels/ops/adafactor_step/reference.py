@@ -24,6 +24,7 @@ class Plan:
                 grad.zero_()
 
     def _step_one(self, i: int, grad: Tensor, o: Options, scale: float) -> None:
+        """Steps params[i] and its states in place, and raises its count of steps."""
         columns = self._tensors
         p, row, col = columns.params[i], columns.row_vars[i], columns.col_vars[i]
         t = columns.steps[i].add_(1).item()

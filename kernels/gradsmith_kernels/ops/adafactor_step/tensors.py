@@ -100,6 +100,7 @@ def check(tensors: Tensors, grads: Sequence[Tensor]) -> None:
 
 
 def _check_one(tensors: Tensors, i: int, g: Tensor) -> None:
+    """Raises TypeError or ValueError for what does not fit about params[i] and its gradient g."""
     p = tensors.params[i]
     what = f"adafactor_step_: params[{i}]"
     float64 = p.dtype == torch.float64

@@ -239,6 +239,7 @@ def scale_kernel(
     numels_ptr,  # int64 [tensors]
     TOTALS: tl.constexpr,
 ):
+    """rates: what each tensor's update is multiplied with, from its tiles' sums of squares."""
     tensor = tl.program_id(0).to(tl.int64)
     table = tensors_ptr + WIDTH * tensor
     first, count = tl.load(table + FIRST), tl.load(table + COUNT)
@@ -282,6 +283,7 @@ def apply_kernel(
     FACTORS: tl.constexpr,
     TOTALS: tl.constexpr,
 ):
+    """One tile's new weights; the gradient is set to zero where that was asked for."""
     tensor, table, matrix, row_tile, col_tile, cols = tile_of(tensors_ptr, tiles_ptr, ALIGNED)
     rows = tl.load(table + ROWS)
     p_ptr = pointer(table, 0, PARAM, ALIGNED)
@@ -385,6 +387,7 @@ class Plan:
         return [self._launch(kind, members) for kind, members in groups.items()]
 
     def _launch(self, kind: _Kind, members: list[tuple[int, list[int]]]) -> _Launch:
+        """The tables that the kernels of one kind of tensors read, on the device."""
         device = self._tensors.params[0].device
         indices = [i for i, _ in members]
         shapes = torch.tensor([matrices_of(self._tensors.params[i].shape) for i in indices])
@@ -438,6 +441,7 @@ def _limit(eps1: float) -> float:
 
 
 def _run(launch: _Launch, coefficients: Tensor, scale: float, zero_grads: bool) -> None:
+    """The passes of one step over the tensors of a launch, one after the other on the device."""
     tables = (launch.table, launch.tiles, launch.scratch)
     tiles = (len(launch.tiles),)
     constants = launch.constants | launch.shape

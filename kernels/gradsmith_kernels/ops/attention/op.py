@@ -1,4 +1,8 @@
-"""gradsmith::attention: schemas, checks, fakes, autograd, backends."""
+"""gradsmith::attention: schemas, checks, fakes, autograd, backends.
+
+q, out (B, Sq, H, D) and k, v (B, Sk, Hk, D), or packed (Nq, H, D) and (Nk, Hk, D) with cu_seqlens
+(sequences + 1,) int32; lse, lse_remainder, delta (B, H, Sq) or (H, Nq) float32; sink (H,).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gradsmith_kernels.backends import Implementation, Op
-from gradsmith_kernels.ops.attention.reference import Options, rest_shape, statistics_shape
+from gradsmith_kernels.ops.attention.reference import Options, lse_remainder_shape, statistics_shape
 from gradsmith_kernels.ops.common.registration import FLOATS, differentiable
 
 MAX_HEAD_SIZE = 256
@@ -31,12 +35,12 @@ _OPTIONS = (
 torch.library.define(
     "gradsmith::attention",
     "(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? sink,"
-    f" Tensor? seed, {_OPTIONS}) -> (Tensor out, Tensor lse, Tensor rest)",
+    f" Tensor? seed, {_OPTIONS}) -> (Tensor out, Tensor lse, Tensor lse_remainder)",
 )
 torch.library.define(
     "gradsmith::attention_backward",
     "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
-    f" Tensor rest, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seed, {_OPTIONS})"
+    f" Tensor lse_remainder, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seed, {_OPTIONS})"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor delta)",
 )
 
@@ -152,15 +156,15 @@ def _check(
     if (cu_seqlens_q is None) != (cu_seqlens_k is None):
         raise ValueError("attention: cu_seqlens_q and cu_seqlens_k must be given both or neither")
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
-        for name, ends in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-            if ends.dtype != torch.int32:
-                raise TypeError(f"attention: {name} is {ends.dtype}; it must be int32")
-            if ends.dim() != 1 or ends.shape[0] < 1:
+        for name, cu_seqlens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+            if cu_seqlens.dtype != torch.int32:
+                raise TypeError(f"attention: {name} is {cu_seqlens.dtype}; it must be int32")
+            if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
                 raise ValueError(
-                    f"attention: {name} must be (sequences + 1,); it is {tuple(ends.shape)}"
+                    f"attention: {name} must be (sequences + 1,); it is {tuple(cu_seqlens.shape)}"
                 )
-            if ends.device != q.device:
-                raise ValueError(f"attention: {name} is on {ends.device}, q on {q.device}")
+            if cu_seqlens.device != q.device:
+                raise ValueError(f"attention: {name} is on {cu_seqlens.device}, q on {q.device}")
         if cu_seqlens_q.shape != cu_seqlens_k.shape:
             raise ValueError(
                 f"attention: cu_seqlens_q counts {cu_seqlens_q.shape[0] - 1} sequences, "
@@ -192,9 +196,9 @@ def _check(
         raise ValueError(f"attention: softcap is {options.softcap}; it must be >= 0, 0 for none")
 
 
-def _check_ends(name: str, ends: Tensor, rows: int, longest: int) -> None:
+def _check_cu_seqlens(name: str, cu_seqlens: Tensor, rows: int, longest: int) -> None:
     """The values of cu_seqlens, where reading them costs nothing: on the CPU."""
-    values = ends.tolist()
+    values = cu_seqlens.tolist()
     if values[0] != 0:
         raise ValueError(f"attention: {name}[0] is {values[0]}; it must be 0")
     for i, (begin, end) in enumerate(itertools.pairwise(values)):
@@ -211,6 +215,11 @@ def _check_ends(name: str, ends: Tensor, rows: int, longest: int) -> None:
         raise ValueError(f"attention: {name}[-1] is {values[-1]}, but there are {rows} tokens")
 
 
+def _options_and_backend(rest: tuple[Any, ...]) -> tuple[Options, str | None]:
+    """The operators' last arguments; the backend may be left out."""
+    return Options(*rest[:7]), rest[7] if len(rest) > 7 else None
+
+
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -219,20 +228,14 @@ def _attention(
     cu_seqlens_k: Tensor | None,
     sink: Tensor | None,
     seed: Tensor | None,
-    scale: float,
-    left: int,
-    right: int,
-    softcap: float,
-    dropout_p: float,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    backend: str | None = None,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    options = Options(scale, left, right, softcap, dropout_p, max_seqlen_q, max_seqlen_k)
+    """out (q's shape), lse and lse_remainder; see `reference.forward`."""
+    options, backend = _options_and_backend(rest)
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, seed, options)
     if cu_seqlens_q is not None and cu_seqlens_k is not None and q.device.type == "cpu":
-        _check_ends("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
-        _check_ends("cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
+        _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.shape[0], options.max_seqlen_q)
+        _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k.shape[0], options.max_seqlen_k)
     result: tuple[Tensor, Tensor, Tensor] = OP.choose(backend, q.device, q.dtype).forward(
         q, k, v, cu_seqlens_q, cu_seqlens_k, sink, seed, options
     )
@@ -247,12 +250,12 @@ def _attention_fake(
     cu_seqlens_k: Tensor | None,
     sink: Tensor | None,
     seed: Tensor | None,
-    *options: Any,  # and the backend, unless it is None
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, seed, Options(*options[:7]))
+    _check(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, seed, _options_and_backend(rest)[0])
     wide = torch.promote_types(q.dtype, torch.float32)
     out, lse = q.new_empty(q.shape), q.new_empty(statistics_shape(q), dtype=wide)
-    return out, lse, lse.new_empty(rest_shape(q))
+    return out, lse, lse.new_empty(lse_remainder_shape(q))
 
 
 def _attention_backward(
@@ -263,22 +266,16 @@ def _attention_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    rest: Tensor,
+    lse_remainder: Tensor,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     seed: Tensor | None,
-    scale: float,
-    left: int,
-    right: int,
-    softcap: float,
-    dropout_p: float,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    backend: str | None = None,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    options = Options(scale, left, right, softcap, dropout_p, max_seqlen_q, max_seqlen_k)
+    """dq, dk, dv, and delta, of which the sink's gradient is made; see `reference.backward`."""
+    options, backend = _options_and_backend(rest)
     result: tuple[Tensor, Tensor, Tensor, Tensor] = OP.choose(backend, q.device, q.dtype).backward(
-        dout, dlse, q, k, v, out, lse, rest, cu_seqlens_q, cu_seqlens_k, seed, options
+        dout, dlse, q, k, v, out, lse, lse_remainder, cu_seqlens_q, cu_seqlens_k, seed, options
     )
     return result
 
@@ -307,23 +304,23 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 def _of_attention(
     ctx: Any, saved: tuple[Any, ...], dout: Tensor | None, dlse: Tensor | None, _: None
 ) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse, rest, cu_seqlens_q, cu_seqlens_k, sink, seed = saved
+    q, k, v, out, lse, lse_remainder, cu_seqlens_q, cu_seqlens_k, sink, seed = saved
     if dout is None:
         dout = torch.zeros_like(out)
     dq, dk, dv, delta = BACKWARD(
-        dout, dlse, q, k, v, out, lse, rest, cu_seqlens_q, cu_seqlens_k, seed, *ctx.options
+        dout, dlse, q, k, v, out, lse, lse_remainder, cu_seqlens_q, cu_seqlens_k, seed, *ctx.options
     )
     dsink = None
     if sink is not None and ctx.needs_input_grad[5]:
-        dsink = _sink_gradient(sink, lse, rest, delta)
+        dsink = _sink_gradient(sink, lse, lse_remainder, delta)
     return dq, dk, dv, None, None, dsink, None, *[None] * len(ctx.options)
 
 
-def _sink_gradient(sink: Tensor, lse: Tensor, rest: Tensor, delta: Tensor) -> Tensor:
+def _sink_gradient(sink: Tensor, lse: Tensor, lse_remainder: Tensor, delta: Tensor) -> Tensor:
     """- sum over queries of p_sink * delta, in float64: the order of the sum is then no matter."""
     exponent = sink[:, None].double() - lse.double()
-    if rest.numel():
-        exponent = exponent - rest
+    if lse_remainder.numel():
+        exponent = exponent - lse_remainder
     # Rows of no sequence have lse = -inf, and their p is 0, not infinite.
     p = torch.exp(exponent).masked_fill(lse == -torch.inf, 0)
     terms = -p * delta

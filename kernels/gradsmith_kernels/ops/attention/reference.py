@@ -48,6 +48,7 @@ class Sequence:
 def sequences(
     q: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None
 ) -> list[Sequence]:
+    """Every sequence of a dense batch, or of packed ones."""
     if cu_seqlens_q is None or cu_seqlens_k is None:
         return [Sequence(b, (b,), (b,), (b,)) for b in range(q.shape[0])]
     q_ends, k_ends = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
@@ -148,8 +149,8 @@ def statistics_shape(q: Tensor) -> tuple[int, ...]:
     return (q.shape[0], q.shape[2], q.shape[1]) if q.dim() == 4 else (q.shape[1], q.shape[0])
 
 
-def rest_shape(q: Tensor) -> tuple[int, ...]:
-    """Of rest: like lse for float32, empty for other dtypes, whose rounding hides it."""
+def lse_remainder_shape(q: Tensor) -> tuple[int, ...]:
+    """Of lse_remainder: like lse for float32, empty for other dtypes, whose rounding hides it."""
     return statistics_shape(q) if q.dtype == torch.float32 else (0,)
 
 
@@ -163,16 +164,16 @@ def forward(
     seed: Tensor | None,
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """out, lse, rest. seed is None without dropout.
+    """out, lse, lse_remainder. seed is None without dropout.
 
-    out: like q, contiguous. lse: float32, see `statistics_shape`. rest: what lse lost when it was
-    rounded, log(denominator) - lse, see `rest_shape`. With lse alone the backward's
+    out: like q, contiguous. lse: float32, see `statistics_shape`. lse_remainder: what lse lost when
+    it was rounded, log(denominator) - lse, see `lse_remainder_shape`. With lse alone the backward's
     p = exp(s - lse) would scale a row by up to 2^-25 * |lse|: four times float32's roundoff for
     lse = 8. 0 where lse is -inf.
     """
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     lse = _wide(q).new_full(statistics_shape(q), -torch.inf)
-    rest = lse.new_zeros(rest_shape(q))
+    lse_remainder = lse.new_zeros(lse_remainder_shape(q))
     for sequence, query, key in _each(q, k, cu_seqlens_q, cu_seqlens_k):
         s = _scores(query, key, seed, options, sequence)
         logits = s.scores
@@ -190,10 +191,10 @@ def forward(
         out[sequence.query] = result.transpose(0, 1).to(q.dtype)
         exact = denominator.double().log() + highest
         lse[sequence.statistics] = exact[..., 0].to(lse.dtype)
-        if rest.numel():
+        if lse_remainder.numel():
             lost = exact[..., 0] - lse[sequence.statistics]
-            rest[sequence.statistics] = lost.nan_to_num(0).to(rest.dtype)
-    return out, lse, rest
+            lse_remainder[sequence.statistics] = lost.nan_to_num(0).to(lse_remainder.dtype)
+    return out, lse, lse_remainder
 
 
 def _sink_column(sink: Tensor, scores: Tensor) -> Tensor:
@@ -208,7 +209,7 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    rest: Tensor,
+    lse_remainder: Tensor,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     seed: Tensor | None,
@@ -228,8 +229,8 @@ def backward(
         s = _scores(query, key, seed, options, sequence)
         # In float64: s - lse, several times larger than s - max, would be rounded accordingly.
         row_lse = lse[sequence.statistics][..., None].double()
-        if rest.numel():
-            row_lse = row_lse + rest[sequence.statistics][..., None]
+        if lse_remainder.numel():
+            row_lse = row_lse + lse_remainder[sequence.statistics][..., None]
         p = torch.exp(s.scores - row_lse.masked_fill(row_lse == -torch.inf, 0)).to(query.dtype)
         dy = _by_head(dout[sequence.query], heads)
         dropped, dp = p, dy @ value.transpose(1, 2)

@@ -295,8 +295,10 @@ class AttentionSpec(Spec):
             )
             detached = [tensor.detach() for tensor in (q, k, v)]
             with torch.no_grad():
-                out, lse, rest = ops.attention.default(*detached, *ends, sink, x["seed"], *options)
-            saved = (x["dout"], x["dlse"], *detached, out, lse, rest)
+                out, lse, lse_remainder = ops.attention.default(
+                    *detached, *ends, sink, x["seed"], *options
+                )
+            saved = (x["dout"], x["dlse"], *detached, out, lse, lse_remainder)
             checks.append(
                 OpCheck(ops.attention_backward.default, (*saved, *ends, x["seed"], *options))
             )

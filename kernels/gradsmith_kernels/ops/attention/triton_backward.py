@@ -77,7 +77,7 @@ def weigh(
     b,
     seed,
     lse,
-    rest,
+    lse_remainder,
     inside,
     shift,
     factor,
@@ -101,7 +101,7 @@ def weigh(
         exponent = score - lse
         back = exponent - score
         lost = (score - (exponent - back)) - (lse + back)
-        p = power(exponent, EXACT) * (1 + (lost - rest))
+        p = power(exponent, EXACT) * (1 + (lost - lse_remainder))
     else:
         p = power(x * factor - lse * LOG2E, EXACT)
     if MASKED:
@@ -127,7 +127,7 @@ def query_gradient_kernel(
     v_ptr,
     dout_ptr,
     lse_ptr,
-    rest_ptr,
+    lse_remainder_ptr,
     dlse_ptr,
     delta_ptr,
     dq_ptr,
@@ -196,7 +196,7 @@ def query_gradient_kernel(
     dout_tile = load_tile(dout, m, queries, dout_row, True, VARLEN, TMA, BLOCK_M, HEAD, BLOCK_D)
     at = statistics_rows(0, batch, h, begin_q, rows_q, heads) + i
     lse = tl.load(lse_ptr + at, i < queries, 0.0)[:, None]
-    rest = tl.load(rest_ptr + at, i < queries, 0.0)[:, None] if EXACT else 0.0
+    lse_remainder = tl.load(lse_remainder_ptr + at, i < queries, 0.0)[:, None] if EXACT else 0.0
     delta = tl.load(delta_ptr + at, i < queries, 0.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
@@ -218,7 +218,7 @@ def query_gradient_kernel(
                 b,
                 seed,
                 lse,
-                rest,
+                lse_remainder,
                 n + tl.arange(0, BLOCK_N)[None, :] < keys,
                 keys - queries,
                 factor,
@@ -253,7 +253,7 @@ def query_gradient_kernel(
                 b,
                 seed,
                 lse,
-                rest,
+                lse_remainder,
                 n + tl.arange(0, BLOCK_N)[None, :] < keys,
                 keys - queries,
                 factor,
@@ -283,7 +283,7 @@ def key_gradient_kernel(
     v_ptr,
     dout_ptr,
     lse_ptr,
-    rest_ptr,
+    lse_remainder_ptr,
     delta_ptr,
     dk_ptr,
     dv_ptr,
@@ -373,9 +373,9 @@ def key_gradient_kernel(
                 lse = load_row(lse_ptr + statistics, i, queries, WHOLE == 0)
                 delta = load_row(delta_ptr + statistics, i, queries, WHOLE == 0)
                 if EXACT:
-                    rest = load_row(rest_ptr + statistics, i, queries, WHOLE == 0)
+                    lse_remainder = load_row(lse_remainder_ptr + statistics, i, queries, WHOLE == 0)
                 else:
-                    rest = tl.zeros([BLOCK_M], tl.float32)
+                    lse_remainder = tl.zeros([BLOCK_M], tl.float32)
                 # Transposed, so that p and ds are the left operands, which need no copy.
                 p, dropped, dp, slope = weigh(
                     tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee"),
@@ -386,7 +386,7 @@ def key_gradient_kernel(
                     b,
                     seed,
                     lse[None, :],
-                    rest[None, :],
+                    lse_remainder[None, :],
                     i[None, :] < queries,
                     shift,
                     factor,

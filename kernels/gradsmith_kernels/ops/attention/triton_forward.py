@@ -174,7 +174,7 @@ def forward_kernel(
     v_ptr,
     out_ptr,
     lse_ptr,
-    rest_ptr,
+    lse_remainder_ptr,
     sink_ptr,
     seed_ptr,
     cu_q_ptr,
@@ -274,8 +274,8 @@ def forward_kernel(
     if EXACT:
         exact = peak.to(tl.float64) + tl.log(tl.where(total > 0, total, 1.0).to(tl.float64))
         lse = tl.where(total > 0, exact, -float("inf")).to(tl.float32)
-        rest = tl.where(total > 0, exact - lse, 0.0).to(tl.float32)
-        tl.store(rest_ptr + at, rest, i < queries)
+        lse_remainder = tl.where(total > 0, exact - lse, 0.0).to(tl.float32)
+        tl.store(lse_remainder_ptr + at, lse_remainder, i < queries)
     else:
         lse = tl.where(total > 0, (peak + tl.log2(total)) * LN2, -float("inf"))
     tl.store(lse_ptr + at, lse, i < queries)

@@ -1,6 +1,8 @@
 """Attention in Triton: launchers, and the tiles that each chip gets.
 
 The kernels are in triton_forward.py and triton_backward.py.
+
+Shapes as in op.py.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gradsmith_kernels.backends import interpreting, triton_before
-from gradsmith_kernels.ops.attention.reference import Options, rest_shape, statistics_shape
+from gradsmith_kernels.ops.attention.reference import Options, lse_remainder_shape, statistics_shape
 from gradsmith_kernels.ops.attention.triton_backward import (
     delta_kernel,
     key_gradient_kernel,
@@ -235,25 +237,31 @@ def forward(
     seed: Tensor | None,
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """out (q's shape), lse and lse_remainder; see `reference.forward`."""
     if options.scale < 0 and not options.softcap:  # the kernel takes the largest q.k for the peak
         q, options = -q, replace(options, scale=-options.scale)
     q, k, v = (_readable(x) for x in (q, k, v))
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(statistics_shape(q), dtype=torch.float32, device=q.device)
-    rest = torch.empty(rest_shape(q), dtype=torch.float32, device=q.device)
+    lse_remainder = torch.empty(lse_remainder_shape(q), dtype=torch.float32, device=q.device)
     if cu_seqlens_q is not None:  # there may be rows in no sequence
         out.zero_()
         lse.fill_(-math.inf)
-        rest.zero_()
+        lse_remainder.zero_()
     chip = _chip(q.device)
     arguments = _shared(q, k, v, cu_seqlens_q, cu_seqlens_k, seed, options)
     busy = arguments["SOFTCAP"] or arguments["DROPOUT"]
     arguments["TMA"] = uses_tma(chip, q.dtype) and all(_fits_tma(x) for x in (q, k, v))
-    arguments |= {"out_ptr": out, "lse_ptr": lse, "rest_ptr": rest, "SINK": sink is not None}
+    arguments |= {
+        "out_ptr": out,
+        "lse_ptr": lse,
+        "lse_remainder_ptr": lse_remainder,
+        "SINK": sink is not None,
+    }
     arguments["sink_ptr"] = None if sink is None else sink.contiguous()
     tile = tile_of("forward", chip, q.shape[-1], q.dtype, busy)
     _launch(forward_kernel, min(options.max_seqlen_q, q.shape[-3]), tile.queries, tile, arguments)
-    return out, lse, rest
+    return out, lse, lse_remainder
 
 
 def backward(
@@ -264,12 +272,13 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    rest: Tensor,
+    lse_remainder: Tensor,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     seed: Tensor | None,
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv (contiguous) and delta (lse's shape, float32); see `reference.backward`."""
     q, k, v, out, dout = (_readable(x) for x in (q, k, v, out, dout))
     lse = lse.contiguous()
     like = torch.empty_like if cu_seqlens_q is None else torch.zeros_like  # rows in no sequence
@@ -280,7 +289,12 @@ def backward(
     busy = arguments["SOFTCAP"] or arguments["DROPOUT"]
     arguments["TMA"] = uses_tma(chip, q.dtype) and all(_fits_tma(x) for x in (q, k, v, dout))
     arguments |= _strides("out", out) | _strides("dout", dout)
-    arguments |= {"out_ptr": out, "dout_ptr": dout, "lse_ptr": lse, "rest_ptr": rest.contiguous()}
+    arguments |= {
+        "out_ptr": out,
+        "dout_ptr": dout,
+        "lse_ptr": lse,
+        "lse_remainder_ptr": lse_remainder.contiguous(),
+    }
     arguments |= {"dlse_ptr": None if dlse is None else dlse.contiguous(), "DLSE": dlse is not None}
     arguments |= {"dq_ptr": dq, "dk_ptr": dk, "dv_ptr": dv, "delta_ptr": delta}
     rows_q, rows_k, heads = q.shape[-3], k.shape[-3], q.shape[-2]
@@ -306,7 +320,7 @@ def backward(
 _TYPES = {
     **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr", "dout_ptr"), "*bf16"),
     **dict.fromkeys(("dq_ptr", "dk_ptr", "dv_ptr", "sink_ptr"), "*bf16"),
-    **dict.fromkeys(("lse_ptr", "rest_ptr", "dlse_ptr", "delta_ptr"), "*fp32"),
+    **dict.fromkeys(("lse_ptr", "lse_remainder_ptr", "dlse_ptr", "delta_ptr"), "*fp32"),
     **dict.fromkeys(("cu_q_ptr", "cu_k_ptr"), "*i32"),
     **dict.fromkeys(("rows_q", "rows_k", "heads", "group", "tiles", "left", "right"), "i32"),
     **dict.fromkeys(("scale", "factor", "inner", "keep_scale"), "fp32"),

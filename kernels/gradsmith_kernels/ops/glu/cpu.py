@@ -12,6 +12,7 @@ ACTIVATION_CODES = {"silu": 0, "gelu": 1, "gelu_tanh": 2}  # of csrc/glu/glu.h
 
 
 def forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """y = activation(gate) * up, contiguous, of gate's shape."""
     y = torch.empty_like(gate, memory_format=torch.contiguous_format)
     if y.numel() == 0:
         return y
@@ -31,6 +32,7 @@ def forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 def backward(
     dy: Tensor, gate: Tensor, up: Tensor, activation: str, need_dgate: bool, need_dup: bool
 ) -> tuple[Tensor, Tensor]:
+    """dgate and dup, contiguous, of gate's shape; (0,) for one that is not needed."""
     dgate, dup = (gate.new_empty(gate.shape if need else 0) for need in (need_dgate, need_dup))
     if gate.numel() == 0:
         return dgate, dup

@@ -1,4 +1,7 @@
-"""gradsmith::glu: schemas, checks, fakes, autograd, backends."""
+"""gradsmith::glu: schemas, checks, fakes, autograd, backends.
+
+gate, up, y, dy, dgate, dup: (..., N), of one dtype.
+"""
 
 from __future__ import annotations
 
@@ -34,6 +37,7 @@ torch.library.define(
 
 
 def _check(gate: Tensor, up: Tensor, activation: str) -> None:
+    """Raises TypeError or ValueError for arguments that do not fit."""
     if activation not in ACTIVATIONS:
         raise ValueError(
             f"glu: activation is {activation!r}; it must be one of {', '.join(ACTIVATIONS)}"

@@ -2,6 +2,8 @@
 
 A program computes a tile of ROWS rows by BLOCK columns; tensors without gaps are one long row.
 Launch options follow from the shape alone.
+
+Shapes as in op.py.
 """
 
 from __future__ import annotations
@@ -88,6 +90,7 @@ def forward_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """A tile of y."""
     row, column, mask = tile_of_program(rows, cols, ROWS, BLOCK)
     dtype = y_ptr.dtype.element_ty
     gate = load(gate_ptr + row * gate_stride + column, mask)
@@ -114,6 +117,7 @@ def backward_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """A tile of dgate and of dup, of what is needed."""
     row, column, mask = tile_of_program(rows, cols, ROWS, BLOCK)
     dtype = gate_ptr.dtype.element_ty
     dy = load(dy_ptr + row * dy_stride + column, mask)
@@ -127,6 +131,7 @@ def backward_kernel(
 
 
 def forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """y = activation(gate) * up, contiguous, of gate's shape."""
     y = torch.empty_like(gate, memory_format=torch.contiguous_format)
     if y.numel() == 0:
         return y
@@ -153,6 +158,7 @@ def forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 def backward(
     dy: Tensor, gate: Tensor, up: Tensor, activation: str, need_dgate: bool, need_dup: bool
 ) -> tuple[Tensor, Tensor]:
+    """dgate and dup, contiguous, of gate's shape; (0,) for one that is not needed."""
     dgate, dup = (gate.new_empty(gate.shape if need else 0) for need in (need_dgate, need_dup))
     if gate.numel() == 0:
         return dgate, dup

@@ -13,6 +13,7 @@ from gradsmith_kernels.ops.layer_norm.op import empty_gradients
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """y, h (x without a residual) and statistics (..., 3): mean, its remainder, rstd."""
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     statistics = torch.empty((*x.shape[:-1], 3), dtype=torch.float32)
     h = x if residual is None else torch.empty_like(y)
@@ -52,6 +53,7 @@ def backward(
     statistics: Tensor,
     needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """dx (..., N), dweight and dbias (N,); empty for what is not needed."""
     cols, rows = h.shape[-1], statistics.numel() // 3
     dx, dweight, dbias = empty_gradients(h, weight, bias, needed)
     if h.numel() == 0:

@@ -1,4 +1,8 @@
-"""gradsmith::layer_norm and gradsmith::add_layer_norm: schemas, fakes, autograd, backends."""
+"""gradsmith::layer_norm and gradsmith::add_layer_norm: schemas, fakes, autograd, backends.
+
+Rows (...) of N elements: x, residual, y, h, dy, dh, dx (..., N); weight, bias, dweight, dbias (N,);
+statistics (..., 3), float32 (float64 for float64). h is x, or x + residual.
+"""
 
 from __future__ import annotations
 

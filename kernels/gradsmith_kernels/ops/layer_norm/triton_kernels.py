@@ -3,6 +3,8 @@
 Tiles, launch options and the sum over programs are RMSNorm's: rows of up to 8192 elements fit into
 one tile and are read once; longer rows are walked through three times forward and twice backward,
 after the first time out of the cache.
+
+Shapes as in op.py; partial (1 or 2, programs, N) float32.
 """
 
 from __future__ import annotations
@@ -55,6 +57,7 @@ def forward_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """A tile's rows of y, h (where there is a residual) and statistics."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     x_row, residual_row, out_row = row * x_stride, row * residual_stride, row * cols
@@ -221,6 +224,7 @@ def backward_kernel(
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """y, h (x without a residual) and statistics (..., 3): mean, its remainder, rstd."""
     cols = x.shape[-1]
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     h = x if residual is None else torch.empty_like(y)
@@ -265,6 +269,7 @@ def backward(
     statistics: Tensor,
     needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """dx (..., N), dweight and dbias (N,); empty for what is not needed."""
     cols, rows = h.shape[-1], statistics.numel() // 3
     dx, dweight, dbias = empty_gradients(h, weight, bias, needed)
     if h.numel() == 0:

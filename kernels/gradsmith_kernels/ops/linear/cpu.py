@@ -28,6 +28,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def backward(
     dy: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """dx (..., K), dweight (N, K) and dbias (N,); (0,) for what is not needed."""
     rows = x.numel() // max(1, x.shape[-1])
     if _too_few(rows) or not x.numel() or not weight.numel():
         return reference.backward(dy, x, weight, needs)
@@ -42,21 +43,27 @@ def backward(
     return dx, dweight, dbias
 
 
-_Operand = tuple[tuple[Tensor, int], bool]  # rows and their stride, and whether it is turned
+_Operand = tuple[tuple[Tensor, int], bool]  # rows and their stride, and whether it is transposed
 
 
 def _product(c: Tensor, a: _Operand, b: _Operand, bias: Tensor | None, depth: int) -> None:
     """c = a b + bias."""
     bias = None if bias is None else bias.contiguous()
     columns = c.shape[-1]
-    (a_rows, a_stride), a_turned = a
-    (b_rows, b_stride), b_turned = b
+    (a_rows, a_stride), a_transposed = a
+    (b_rows, b_stride), b_transposed = b
     _native.linear_product(
-        (a_rows.data_ptr(), a_stride, a_turned),
-        (b_rows.data_ptr(), b_stride, b_turned),
+        a_rows.data_ptr(),
+        a_stride,
+        a_transposed,
+        b_rows.data_ptr(),
+        b_stride,
+        b_transposed,
         0 if bias is None else bias.data_ptr(),
         c.data_ptr(),
-        (c.numel() // columns, columns, depth),
+        c.numel() // columns,
+        columns,
+        depth,
         DTYPE_CODES[c.dtype],
         torch.get_num_threads(),
     )

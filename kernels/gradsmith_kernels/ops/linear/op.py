@@ -1,4 +1,7 @@
-"""gradsmith::linear: schemas, checks, fakes, autograd, backends."""
+"""gradsmith::linear: schemas, checks, fakes, autograd, backends.
+
+x, dx (..., K); weight, dweight (N, K); bias, dbias (N,); y, dy (..., N); of one dtype.
+"""
 
 from __future__ import annotations
 
@@ -66,6 +69,7 @@ torch.library.define(
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raises TypeError or ValueError for arguments that do not fit."""
     for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
@@ -109,6 +113,7 @@ def _linear_backward(
     need_dbias: bool,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dweight and dbias; dweight by the backend that is faster for it, unless one was named."""
     module = for_dweight = OP.choose(backend, x.device, x.dtype)
     if backend is None:
         for_dweight = OP.choose(dweight_backend(x.device.type, x.dtype), x.device, x.dtype)

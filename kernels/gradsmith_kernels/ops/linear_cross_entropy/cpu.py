@@ -48,6 +48,7 @@ def backward(
     options: Options,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """dhidden (N, C), dweight (V, C) and dbias (V,); empty for what is not needed."""
     (rows, size), vocabulary = hidden.shape, len(weight)
     shapes = gradient_shapes(rows, vocabulary, size, needs)
     sums = [torch.empty(shape, dtype=torch.float32) for shape in shapes]
@@ -108,6 +109,7 @@ def _run(
     options: Options,
     gradients: tuple[Tensor | None, ...],
 ) -> None:
+    """One call of the kernels: they write loss, lse and gradients, of what is not None."""
     (rows, size), vocabulary = hidden.shape, len(weight)
     if rows == 0:
         for gradient in gradients:
@@ -125,15 +127,27 @@ def _run(
     def address(tensor: Tensor | None) -> int:
         return 0 if tensor is None else tensor.data_ptr()
 
+    dhidden, dweight, dbias = map(address, gradients)
     _native.linear_cross_entropy(
-        (hidden_rows.data_ptr(), hidden_stride),
-        (weight_rows.data_ptr(), weight_stride),
+        hidden_rows.data_ptr(),
+        hidden_stride,
+        weight_rows.data_ptr(),
+        weight_stride,
         address(bias),
         target.data_ptr(),
-        (rows, vocabulary, size, options.chunk or tokens_at_a_time(rows, vocabulary)),
-        (options.label_smoothing, options.z_loss, options.softcap),
-        (address(loss), lse.data_ptr(), address(upstream)),
-        (address(gradients[0]), address(gradients[1]), address(gradients[2])),
+        rows,
+        vocabulary,
+        size,
+        options.chunk or tokens_at_a_time(rows, vocabulary),
+        options.label_smoothing,
+        options.z_loss,
+        options.softcap,
+        address(loss),
+        lse.data_ptr(),
+        address(upstream),
+        dhidden,
+        dweight,
+        dbias,
         DTYPE_CODES[hidden.dtype],
         torch.get_num_threads(),
     )

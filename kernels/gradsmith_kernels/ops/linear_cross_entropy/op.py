@@ -1,9 +1,13 @@
-"""gradsmith::linear_cross_entropy: schemas, checks, fakes, autograd, backends."""
+"""gradsmith::linear_cross_entropy: schemas, checks, fakes, autograd, backends.
+
+hidden, dhidden (..., C); weight, dweight (V, C); bias, dbias (V,); target (...,) int64; loss () or
+(...,) float32; lse (...,) float64. A backend sees the N tokens that count, as rows.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,18 +56,36 @@ torch.library.define(
 )
 
 
-def _check(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    reduction: str,
-    chunk: int | None,
-) -> None:
+class Call(NamedTuple):
+    """What every one of these operators is asked for: the schemas' tensors and options."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    target: Tensor
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    softcap: float
+    reduction: str
+    chunk: int | None
+
+    @property
+    def options(self) -> Options:
+        return Options(self.label_smoothing, self.z_loss, self.softcap, self.chunk)
+
+
+ARGUMENTS = len(Call._fields)
+
+
+def _needs_and_backend(rest: tuple[Any, ...]) -> tuple[tuple[bool, bool, bool], str | None]:
+    """What follows a call in the arguments of the operators that make gradients."""
+    return rest[:3], rest[3] if len(rest) > 3 else None
+
+
+def _check(call: Call) -> None:
     """What can be said without reading a tensor's values."""
+    hidden, weight, bias, target, *_ = call
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
@@ -98,20 +120,20 @@ def _check(
             raise ValueError(
                 f"linear_cross_entropy: hidden is on {hidden.device}, {name} on {tensor.device}"
             )
-    if not 0 <= label_smoothing <= 1:
+    if not 0 <= call.label_smoothing <= 1:
         raise ValueError(
-            f"linear_cross_entropy: label_smoothing is {label_smoothing}; it must be in [0, 1]"
+            f"linear_cross_entropy: label_smoothing is {call.label_smoothing}; it must be in [0, 1]"
         )
-    for name, value in (("z_loss", z_loss), ("softcap", softcap)):
+    for name, value in (("z_loss", call.z_loss), ("softcap", call.softcap)):
         if not (value >= 0 and math.isfinite(value)):
             raise ValueError(f"linear_cross_entropy: {name} is {value}; it must be >= 0")
-    if reduction not in REDUCTIONS:
+    if call.reduction not in REDUCTIONS:
         raise ValueError(
-            f"linear_cross_entropy: reduction is {reduction!r}; it must be one of "
+            f"linear_cross_entropy: reduction is {call.reduction!r}; it must be one of "
             f"{', '.join(REDUCTIONS)}"
         )
-    if chunk is not None and chunk <= 0:
-        raise ValueError(f"linear_cross_entropy: chunk is {chunk}; it must be > 0, or None")
+    if call.chunk is not None and call.chunk <= 0:
+        raise ValueError(f"linear_cross_entropy: chunk is {call.chunk}; it must be > 0, or None")
 
 
 class _Tokens:
@@ -159,108 +181,58 @@ def _reduce(loss: Tensor, tokens: _Tokens, reduction: str, dtype: torch.dtype) -
 
 
 def _loss_and_lse(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    reduction: str,
-    chunk: int | None,
-    sums: tuple[Tensor | None, ...] | None,
-    backend: str | None,
+    call: Call, sums: tuple[Tensor | None, ...] | None, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    _check(hidden, weight, bias, target, label_smoothing, z_loss, softcap, reduction, chunk)
-    tokens = _Tokens(target, ignore_index)
+    """The reduced loss, and lse (target's shape, float64); with `sums`, memory for gradients, the
+    backend writes those of the losses' sum there as well."""
+    _check(call)
+    hidden, weight, bias, target, *_ = call
+    tokens = _Tokens(target, call.ignore_index)
     tokens.check(len(weight))
     module = OP.choose(backend, hidden.device, hidden.dtype)
-    options = Options(label_smoothing, z_loss, softcap, chunk)
     rows = tokens.take(hidden.reshape(target.numel(), hidden.shape[-1]))
-    arguments = (rows, weight, bias, tokens.target, options)
+    arguments = (rows, weight, bias, tokens.target, call.options)
     if sums is None:
         loss, lse = module.forward(*arguments)
     else:
         loss, lse = module.forward_with_gradients(*arguments, sums)
-    return _reduce(loss, tokens, reduction, hidden.dtype), tokens.put(lse, tokens.shape)
+    return _reduce(loss, tokens, call.reduction, hidden.dtype), tokens.put(lse, tokens.shape)
 
 
-def _linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    reduction: str,
-    chunk: int | None,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    options = (ignore_index, label_smoothing, z_loss, softcap, reduction, chunk)
-    return _loss_and_lse(hidden, weight, bias, target, *options, None, backend)
+def _linear_cross_entropy(*arguments: Any) -> tuple[Tensor, Tensor]:
+    backend = arguments[ARGUMENTS] if len(arguments) > ARGUMENTS else None
+    return _loss_and_lse(Call(*arguments[:ARGUMENTS]), None, backend)
 
 
-def _linear_cross_entropy_fake(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    reduction: str,
-    chunk: int | None,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    _check(hidden, weight, bias, target, label_smoothing, z_loss, softcap, reduction, chunk)
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    loss = hidden.new_empty(target.shape if reduction == "none" else (), dtype=wide)
-    return loss, hidden.new_empty(target.shape, dtype=torch.float64)
+def _linear_cross_entropy_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    call = Call(*arguments[:ARGUMENTS])
+    _check(call)
+    wide = torch.promote_types(call.hidden.dtype, torch.float32)
+    loss = call.hidden.new_empty(call.target.shape if call.reduction == "none" else (), dtype=wide)
+    return loss, call.hidden.new_empty(call.target.shape, dtype=torch.float64)
 
 
-def _shapes(
-    hidden: Tensor, weight: Tensor, target: Tensor, needs: tuple[bool, ...], backend: str | None
-) -> Any:
+def _memory_of_sums(call: Call, needs: tuple[bool, ...], backend: str | None) -> list[Tensor]:
+    """For the gradients of the losses' sum, float32, of the shapes that the backend keeps."""
+    hidden = call.hidden
     module = OP.choose(backend, hidden.device, hidden.dtype)
-    return module.gradient_shapes(target.numel(), weight.shape[0], hidden.shape[-1], needs)
+    sizes = (call.target.numel(), call.weight.shape[0], hidden.shape[-1])
+    shapes = module.gradient_shapes(*sizes, needs)
+    return [hidden.new_empty(shape, dtype=torch.float32) for shape in shapes]
 
 
-def _with_gradients(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    reduction: str,
-    chunk: int | None,
-    need_dhidden: bool,
-    need_dweight: bool,
-    need_dbias: bool,
-    backend: str | None = None,
-) -> tuple[Tensor, ...]:
-    needs = (need_dhidden, need_dweight, need_dbias)
-    shapes = _shapes(hidden, weight, target, needs, backend)
-    sums = [hidden.new_empty(shape, dtype=torch.float32) for shape in shapes]
+def _with_gradients(*arguments: Any) -> tuple[Tensor, ...]:
+    call = Call(*arguments[:ARGUMENTS])
+    needs, backend = _needs_and_backend(arguments[ARGUMENTS:])
+    sums = _memory_of_sums(call, needs, backend)
     wanted = tuple(buffer if need else None for buffer, need in zip(sums, needs, strict=True))
-    options = (ignore_index, label_smoothing, z_loss, softcap, reduction, chunk)
-    loss, lse = _loss_and_lse(hidden, weight, bias, target, *options, wanted, backend)
-    return loss, lse, *sums
+    return *_loss_and_lse(call, wanted, backend), *sums
 
 
-def _with_gradients_fake(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *rest: Any
-) -> tuple[Tensor, ...]:
-    options, needs, backend = rest[:6], rest[6:9], rest[9] if len(rest) > 9 else None
-    outputs = _linear_cross_entropy_fake(hidden, weight, bias, target, *options)
-    shapes = _shapes(hidden, weight, target, needs, backend)
-    return *outputs, *(hidden.new_empty(shape, dtype=torch.float32) for shape in shapes)
+def _with_gradients_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    outputs = _linear_cross_entropy_fake(*arguments[:ARGUMENTS])
+    needs, backend = _needs_and_backend(arguments[ARGUMENTS:])
+    return *outputs, *_memory_of_sums(Call(*arguments[:ARGUMENTS]), needs, backend)
 
 
 def _scale(
@@ -275,6 +247,8 @@ def _scale(
     reduction: str,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients from those of the losses' sum, as `with_gradients` keeps them: times dloss, over
+    the tokens that count where the loss is a mean, at their places in hidden (..., size)."""
     module = OP.choose(backend, dloss.device, dtype)
     tokens = _Tokens(target, ignore_index)
     factor = dloss.item()
@@ -298,6 +272,7 @@ def _scale_fake(
     dtype: torch.dtype,
     *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for tensors without values."""
     dhidden = (*target.shape, size) if sum_dhidden.shape[0] else (0,)
     dweight = (sum_dweight.shape[0] - TILE_ROOM, size) if sum_dweight.shape[0] else (0,)
     shapes = (dhidden, dweight, sum_dbias.shape)
@@ -305,30 +280,17 @@ def _scale_fake(
     return one, two, three
 
 
-def _backward(
-    dloss: Tensor,
-    lse: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    reduction: str,
-    chunk: int | None,
-    need_dhidden: bool,
-    need_dweight: bool,
-    need_dbias: bool,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    tokens = _Tokens(target, ignore_index)
+def _backward(dloss: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """dhidden, dweight and dbias from the loss's gradient and lse; one not needed is empty."""
+    call = Call(*arguments[:ARGUMENTS])
+    needs, backend = _needs_and_backend(arguments[ARGUMENTS:])
+    hidden, weight, bias, target, *_ = call
+    tokens = _Tokens(target, call.ignore_index)
     count = len(tokens.target)
-    if reduction == "none":
+    if call.reduction == "none":
         upstream = tokens.take(dloss.reshape(-1))
     else:
-        upstream = (dloss / max(1, count) if reduction == "mean" else dloss).expand(count)
+        upstream = (dloss / max(1, count) if call.reduction == "mean" else dloss).expand(count)
     dhidden, dweight, dbias = OP.choose(backend, hidden.device, hidden.dtype).backward(
         upstream,
         tokens.take(lse.reshape(-1)),
@@ -336,27 +298,19 @@ def _backward(
         weight,
         bias,
         tokens.target,
-        Options(label_smoothing, z_loss, softcap, chunk),
-        (need_dhidden, need_dweight, need_dbias),
+        call.options,
+        needs,
     )
-    return tokens.put(dhidden, hidden.shape) if need_dhidden else dhidden, dweight, dbias
+    return tokens.put(dhidden, hidden.shape) if needs[0] else dhidden, dweight, dbias
 
 
-def _backward_fake(
-    dloss: Tensor,
-    lse: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_fake(dloss: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    hidden, weight = arguments[:2]
+    needs, _ = _needs_and_backend(arguments[ARGUMENTS:])
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
-    one, two, three = (
-        hidden.new_empty(shape if need else (0,))
-        for shape, need in zip(shapes, rest[6:9], strict=True)
+    return tuple(
+        hidden.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True)
     )
-    return one, two, three
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -379,8 +333,9 @@ def _setup_sums(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     ctx.needs, ctx.reduction = (n1, n2, n3), reduction
     ctx.size, ctx.dtype = hidden.shape[-1], hidden.dtype
     _, lse, *sums = output
-    # Not weight: with the sums it is not needed, and ZeRO-3 has taken its memory. The sums count
-    # as differentiable, so that a second derivative is refused instead of being 0.
+    # The sums are all that the backward pass needs. So weight is not saved: under ZeRO-3 its memory
+    # is taken back after the forward pass, and what was saved would be empty. The sums count as
+    # differentiable, so that a second derivative is refused instead of being 0.
     ctx.save_for_backward(target, *sums)
     ctx.mark_non_differentiable(lse)
 

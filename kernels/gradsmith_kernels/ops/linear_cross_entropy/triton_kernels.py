@@ -5,6 +5,8 @@ carries each row's maximum and sum from slice to slice, and the backward pass co
 again, turns it into its gradient in place, and has all of that slice's dweight from one product,
 with nothing to add up but dhidden. So a call holds SLICE_BYTES of logits and, backward, four bytes
 an element of hidden.
+
+hidden (N, C), weight (V, C), bias (V,), target (N,): the tokens that count.
 """
 
 from __future__ import annotations
@@ -142,6 +144,7 @@ def _logits(hidden: Tensor, weight: Tensor, memory: Tensor | None) -> tuple[Tens
 def forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, options: Options
 ) -> tuple[Tensor, Tensor]:
+    """Each token's loss and lse, (N,) float64."""
     loss, lse = (hidden.new_empty(len(hidden), dtype=torch.float64) for _ in range(2))
     bias = None if bias is None else bias.contiguous()
     s = options.label_smoothing
@@ -186,6 +189,7 @@ def backward(
     options: Options,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """dhidden (N, C), dweight (V, C) and dbias (V,); empty for what is not needed."""
     dtype, s = hidden.dtype, options.label_smoothing
     bias = None if bias is None else bias.contiguous()
     chunks = list(_chunks(len(hidden), options))

@@ -90,6 +90,7 @@ def _symmetric_product(
 
 
 def _gram(x: Tensor, result: Tensor, steps: int, coefficients: Sequence[float], eps: float) -> None:
+    """Writes one matrix's result by way of the Gram matrix of its smaller side."""
     tall = x.shape[0] > x.shape[1]
     wide = x.float().t() if tall else x.float()
     m = wide.shape[0]
@@ -146,6 +147,7 @@ def _by_products(gram: Tensor, steps: int, coefficients: Sequence[float]) -> Ten
 def _direct(
     x: Tensor, result: Tensor, steps: int, coefficients: Sequence[float], eps: float
 ) -> None:
+    """Writes one matrix's result by the published loop."""
     a, b, c = coefficients
     tall = x.shape[0] > x.shape[1]
     y = (x.t() if tall else x).to(torch.float32, memory_format=torch.contiguous_format)

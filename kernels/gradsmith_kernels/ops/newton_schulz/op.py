@@ -1,4 +1,7 @@
-"""gradsmith::newton_schulz: schema, checks, fake, backends."""
+"""gradsmith::newton_schulz: schema, checks, fake, backends.
+
+x and y (..., M, N).
+"""
 
 from __future__ import annotations
 

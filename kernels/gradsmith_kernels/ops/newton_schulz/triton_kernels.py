@@ -2,6 +2,8 @@
 
 A program computes one tile of the lower triangle of alpha A A^T + beta C and writes it twice, the
 second time transposed. Programs of tiles above the diagonal end at once.
+
+A (..., M, N), C and the result (..., M, M).
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ def symmetric_kernel(
     TILE: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
+    """A tile of the lower triangle of alpha A A^T + beta C, and its mirror image."""
     row_tile, column_tile = tl.program_id(0), tl.program_id(1)
     if row_tile < column_tile:
         return

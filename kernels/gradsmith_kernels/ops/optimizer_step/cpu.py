@@ -17,22 +17,34 @@ from gradsmith_kernels.ops.optimizer_step.rules import (
 )
 from gradsmith_kernels.ops.optimizer_step.tensors import Tensors
 
+# What a row of the native plan calls an address, and the column of tensors that it is of.
+ADDRESSES = {
+    "param": "params",
+    "state1": "states1",
+    "state2": "states2",
+    "state3": "states3",
+    "absmax1": "absmax1",
+    "absmax2": "absmax2",
+    "master": "masters",
+    "compensation": "compensations",
+    "step": "steps",
+}
+
 
 class Plan:
     """Tensors that are stepped together again and again, with what can be prepared once."""
 
     def __init__(self, rule: Rule, tensors: Tensors) -> None:
         self._rule, self._contiguous = rule, Contiguous(tensors)
-        names = ("params", "states1", "states2", "states3", "absmax1", "absmax2", "masters")
-        columns = [self._contiguous.column(name) for name in (*names, "compensations", "steps")]
+        columns = [self._contiguous.column(name) for name in ADDRESSES.values()]
         self._plan = _native.StepPlan(
             [
-                (
-                    *map(address_of, row),
-                    row[0].numel(),
-                    DTYPE_CODES[row[0].dtype],
-                    DTYPE_CODES[row[1].dtype] if rule.states else 0,
-                    stream,
+                _native.StepRow(
+                    **dict(zip(ADDRESSES, map(address_of, row), strict=True)),
+                    numel=row[0].numel(),
+                    param_dtype=DTYPE_CODES[row[0].dtype],
+                    state_dtype=DTYPE_CODES[row[1].dtype] if rule.states else 0,
+                    stream=stream,
                 )
                 for *row, stream in zip(*columns, tensors.streams, strict=True)
             ]
@@ -51,6 +63,7 @@ class Plan:
             self._run(options, scale, zero_grads, seed)
 
     def _run(self, options: Options, scale: float, zero_grads: bool, seed: int | None) -> None:
+        """One sweep; two for Lamb, whose update needs norms of the first one's results."""
         sets = [
             (self._rule.coefficients(options, t), 0 if seed is None else seed_of_step(seed, t))
             for t in self._plan.count()

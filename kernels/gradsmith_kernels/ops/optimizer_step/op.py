@@ -1,4 +1,8 @@
-"""gradsmith::optimizer_step_: schema (what it writes to), checks, fake, backends."""
+"""gradsmith::optimizer_step_: schema (what it writes to), checks, fake, backends.
+
+Lists with an entry a tensor: a state has its parameter's shape, absmax one float32 for each
+STATE_BLOCK elements of an 8-bit state, steps one float32 element each, on the CPU.
+"""
 
 from __future__ import annotations
 

@@ -33,6 +33,7 @@ class Plan:
     def _step_one(
         self, i: int, grad: Tensor, options: Options, scale: float, seed: int | None
     ) -> None:
+        """Steps params[i] and its states in place, and raises its count of steps."""
         columns = self._tensors
         p = columns.params[i]
         compute = torch.promote_types(p.dtype, torch.float32)

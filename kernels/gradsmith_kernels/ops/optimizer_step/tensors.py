@@ -74,6 +74,7 @@ def check(rule: Rule, tensors: Tensors, grads: Sequence[Tensor]) -> None:
 
 
 def _check_one(rule: Rule, tensors: Tensors, i: int, p: Tensor, g: Tensor) -> None:
+    """Raises TypeError or ValueError for what does not fit about params[i] and its gradient."""
     float64 = p.dtype == torch.float64
     allowed = (torch.float64,) if float64 else DTYPES
     state_dtypes: tuple[torch.dtype, ...]

@@ -99,6 +99,7 @@ def store_state(
     state_ptr, absmax_ptr, map_ptr, at, mask, value, random,
     ZERO: tl.constexpr, STATE: tl.constexpr, RANDOM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Stores a block of a state; in 8 bits as codes, with a scale for each GROUP of elements."""
     if STATE == tl.uint8:  # noqa: SIM300
         size = tl.abs(value)
         if mask is not None:
@@ -154,6 +155,7 @@ def update(
     REMAINDER: tl.constexpr, RANDOM: tl.constexpr, ZERO_GRADS: tl.constexpr, SMALL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Steps one block of a tensor. Returns the sums of squares that Lamb needs."""
     g = tl.load(g_ptr + at, mask).to(tl.float32) * scale
     if MASTER:
         x = tl.load(master_ptr + at, mask)
@@ -264,6 +266,7 @@ def step_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Steps one chunk of one tensor, a block at a time."""
     program = tl.program_id(0).to(tl.int64)
     tensor = tl.load(chunks_ptr + 2 * program)
     first = tl.multiple_of(tl.load(chunks_ptr + 2 * program + 1), BLOCK)
@@ -336,6 +339,7 @@ def norm_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """The sum of squares of one chunk of one gradient."""
     program = tl.program_id(0).to(tl.int64)
     tensor = tl.load(chunks_ptr + 2 * program)
     first = tl.multiple_of(tl.load(chunks_ptr + 2 * program + 1), BLOCK)
@@ -403,6 +407,7 @@ class Plan:
         zero_grads: bool,
         seed: int | None,
     ) -> None:
+        """One step in place: a launch for each kind of tensors, and a second sweep for Lamb."""
         tensors, rule = self._tensors, self._rule
         counts = [t.add_(1).item() for t in tensors.steps]
         coefficients = [rule.coefficients(options, t) for t in counts]
@@ -424,6 +429,7 @@ class Plan:
                 self._launch(launch, LAMB_APPLY, coefficients, scale, zero_grads, False)
 
     def _launches(self, grads: Sequence[Tensor], keys: Sequence[int]) -> list[_Launch]:
+        """One for each kind of tensors (dtypes, alignment), with the rows of its table."""
         groups: dict[tuple[torch.dtype, torch.dtype, bool], list[tuple[int, list[int]]]]
         groups = defaultdict(list)
         for i, (g, key) in enumerate(zip(grads, keys, strict=True)):
@@ -485,6 +491,7 @@ class Plan:
 
 
 def squared_norm(grads: list[Tensor]) -> tuple[float, int]:
+    """The sum of all squares, and the index of the first tensor that is not finite, else -1."""
     used = contiguous(grads)
     parts = torch.zeros(len(used), dtype=torch.float64)
     groups: dict[tuple[torch.dtype, bool], list[int]] = defaultdict(list)

@@ -12,6 +12,7 @@ from gradsmith_kernels.ops.common.native import DTYPE_CODES, as_rows
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """y, h (x without a residual) and rstd (...,) float32."""
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     rstd = torch.empty(x.shape[:-1], dtype=torch.float32)
     h = x if residual is None else torch.empty_like(y)
@@ -49,6 +50,7 @@ def backward(
     offset: float,
     need_dweight: bool,
 ) -> tuple[Tensor, Tensor]:
+    """dx (..., N), and dweight (N,), or (0,) where it is not needed."""
     cols = h.shape[-1]
     rows = rstd.numel()
     dx = torch.empty_like(h, memory_format=torch.contiguous_format)

@@ -1,4 +1,8 @@
-"""gradsmith::rms_norm and gradsmith::add_rms_norm: schemas, checks, fakes, autograd, backends."""
+"""gradsmith::rms_norm and gradsmith::add_rms_norm: schemas, checks, fakes, autograd, backends.
+
+Rows (...) of N elements: x, residual, y, h, dy, dh, dx (..., N); weight, dweight (N,); rstd (...,),
+float32 (float64 for float64). h is x, or x + residual.
+"""
 
 from __future__ import annotations
 

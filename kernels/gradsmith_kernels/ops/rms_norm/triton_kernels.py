@@ -4,6 +4,8 @@ A program holds a tile of ROWS rows by BLOCK columns. Rows of up to 8192 element
 and are read once; longer rows are walked through twice in blocks, the second time out of the cache.
 Launch options follow from the shape alone (no autotuning), and so do the order of every sum and the
 bits of the result.
+
+Shapes as in op.py; partial (programs, N) float32.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ def forward_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """A tile's rows of y, h (where there is a residual) and rstd."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     x_row, residual_row, out_row = row * x_stride, row * residual_stride, row * cols
@@ -161,6 +164,7 @@ def backward_kernel(
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """y, h (x without a residual) and rstd (...,) float32."""
     cols = x.shape[-1]
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     h = x if residual is None else torch.empty_like(y)
@@ -203,6 +207,7 @@ def backward(
     offset: float,
     need_dweight: bool,
 ) -> tuple[Tensor, Tensor]:
+    """dx (..., N), and dweight (N,), or (0,) where it is not needed."""
     cols, rows = h.shape[-1], rstd.numel()
     dx = torch.empty_like(h, memory_format=torch.contiguous_format)
     dweight = torch.empty(cols if need_dweight else 0, dtype=weight.dtype, device=h.device)

@@ -12,6 +12,7 @@ from gradsmith_kernels.ops.common.native import DTYPE_CODES, adjacent
 def rotate(
     tensors: list[Tensor], cos: Tensor, sin: Tensor, interleaved: bool, transposed: bool
 ) -> list[Tensor]:
+    """The tensors (B, S, H, D) rotated by cos and sin (B or 1, S, R); contiguous."""
     y = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]
     x = [adjacent(tensor) for tensor in tensors]
     cos, sin = adjacent(cos), adjacent(sin)
@@ -20,7 +21,10 @@ def rotate(
         [(_view(a), b.data_ptr(), a.shape[2]) for a, b in zip(x, y, strict=True)],
         _table(cos),
         _table(sin),
-        (batch, length, size, cos.shape[2]),
+        batch,
+        length,
+        size,
+        cos.shape[2],
         interleaved,
         transposed,
         DTYPE_CODES[x[0].dtype],

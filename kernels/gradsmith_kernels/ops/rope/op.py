@@ -3,6 +3,8 @@
 The operator rotates one or two tensors in one pass: q and k, or those of their gradients that there
 are. A rotation is linear and its gradient is the transposed rotation, so the operator with
 `transposed` flipped is its own backward pass, and that one's as well.
+
+q (B, S, H, D), k (B, S, Hk, D), cos and sin (B or 1, S, R) with R <= D.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ torch.library.define(
 
 
 def _check(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor) -> None:
+    """Raises TypeError or ValueError for arguments that do not fit."""
     if q.dtype not in (*FLOATS, torch.float64):
         raise TypeError(f"rope: q is {q.dtype}; it must be float32, bfloat16, float16 or float64")
     if q.dim() != 4:
@@ -81,6 +84,7 @@ def _rope(
     transposed: bool,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """q and k rotated; (0,) for a k that is None."""
     _check(q, k, cos, sin)
     rotate = OP.choose(backend, q.device, q.dtype).rotate
     if k is None:

@@ -2,6 +2,8 @@
 
 A program is one position: it loads the angles once and walks through the heads, q's and then k's,
 HEADS of them at a time. Launch options follow from the shape alone (no autotuning).
+
+Shapes as in op.py.
 """
 
 from __future__ import annotations
@@ -97,6 +99,7 @@ def rope_kernel(
     COLUMNS: tl.constexpr,
     REST: tl.constexpr,
 ):
+    """Rotates all heads of q and k at one position."""
     program = tl.program_id(0)
     batch, row = (program // length).to(tl.int64), (program % length).to(tl.int64)
     half: tl.constexpr = ROTATED // 2
@@ -165,6 +168,7 @@ def _table_strides(table: Tensor) -> tuple[int, int]:
 def rotate(
     tensors: list[Tensor], cos: Tensor, sin: Tensor, interleaved: bool, transposed: bool
 ) -> list[Tensor]:
+    """The tensors (B, S, H, D) rotated by cos and sin (B or 1, S, R); contiguous."""
     y = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]
     q, k = adjacent(tensors[0]), adjacent(tensors[-1])
     cos, sin = adjacent(cos), adjacent(sin)
