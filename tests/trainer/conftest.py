@@ -115,10 +115,11 @@ def run_ranks(
 TRAIN_EACH = """
 import sys
 from gradsmith.recipe import load_recipe
-from gradsmith.training import engine, loop
+from gradsmith import ranks
+from gradsmith.training import loop
 for path in sys.argv[1:]:
     loop.train(load_recipe(path))
-engine.end_rank(0)
+ranks.end_rank(0)
 """
 
 

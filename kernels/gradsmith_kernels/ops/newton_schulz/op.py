@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gradsmith_kernels.backends import Implementation, Op
-from gradsmith_kernels.ops.common.registration import FLOATS, register
+from gradsmith_kernels.ops.common.registration import FLOATS, differentiable
 
 OP = Op(
     "newton_schulz",
@@ -73,4 +73,4 @@ def _empty(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-register("newton_schulz", _newton_schulz, _newton_schulz_fake)
+NEWTON_SCHULZ = differentiable("newton_schulz", _newton_schulz, _newton_schulz_fake)

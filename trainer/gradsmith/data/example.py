@@ -1,4 +1,4 @@
-"""What flows through `prepare`: documents, and the ledger of what became of them."""
+"""What flows through `prepare`: examples, and the ledger of what became of them."""
 
 from __future__ import annotations
 
@@ -13,29 +13,48 @@ Messages = list[dict[str, str]]
 
 
 @dataclass(slots=True)
-class Document:
-    """A text (language_modeling) or a conversation (chat).
+class Example:
+    """A text, a conversation, or a record of named fields, and where it stands.
 
     `group` decides on which side of the split it goes, `None` meaning by its own content.
-    `follows` says that it continues the document before it, in the same file.
+    `follows` says that it continues the text before it, in the same file.
     """
 
     source: str
-    text: str = ""
-    messages: Messages | None = None
+    content: str | Messages | dict[str, Any]
     group: bytes | None = None
     follows: bool = False
 
+    @property
+    def text(self) -> str:
+        assert isinstance(self.content, str)
+        return self.content
+
+    @property
+    def messages(self) -> Messages:
+        assert isinstance(self.content, list)
+        return self.content
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        assert isinstance(self.content, dict)
+        return self.content
+
     def digest(self) -> bytes:
-        return content_digest(self.text if self.messages is None else self.messages)
+        return content_digest(self.content)
 
     def to_json(self) -> dict[str, Any]:
-        body = {"text": self.text} if self.messages is None else {"messages": self.messages}
-        return {**body, "source": self.source}
+        key = {str: "text", list: "messages", dict: "fields"}[type(self.content)]
+        return {key: self.content, "source": self.source}
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> Example:
+        key = next(key for key in ("text", "messages", "fields") if key in row)
+        return cls(row["source"], row[key])
 
 
-def content_digest(content: str | Messages) -> bytes:
-    """16 bytes of SHA-256 over the text, or over a conversation's canonical JSON.
+def content_digest(content: str | Messages | dict[str, Any]) -> bytes:
+    """16 bytes of SHA-256 over the text, or over the canonical JSON of anything else.
 
     Raises:
         UnicodeEncodeError: the text holds half of a surrogate pair (JSON's "\\ud83d" alone).

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradsmith.evaluation.yardsticks import (
+from gradsmith.tasks.language_modeling.baselines import (
     ByteNgram,
     ngram_bits_per_byte,
     xz_bits_per_byte,
@@ -98,10 +98,10 @@ def test_the_ngram_is_causal():
 def test_knowing_more_costs_fewer_bits():
     noise = np.random.default_rng(1).bytes(5000)
     like, unlike = TEXT[:8000], noise
-    for yardstick, key in ((xz_bits_per_byte, "primed_bits_per_byte"),
+    for baseline, key in ((xz_bits_per_byte, "primed_bits_per_byte"),
                            (ngram_bits_per_byte, "bits_per_byte")):  # fmt: skip
-        assert yardstick(TEXT[8000:], like)[key] < 1.5
-        assert yardstick(TEXT[8000:], unlike)[key] > 7.9
+        assert baseline(TEXT[8000:], like)[key] < 1.5
+        assert baseline(TEXT[8000:], unlike)[key] > 7.9
     assert (
         ngram_bits_per_byte(TEXT[8000:], like)["bits_per_byte"]
         < ngram_bits_per_byte(noise, like)["bits_per_byte"]

@@ -1,17 +1,23 @@
 """What text costs without a neural network: compressors and an n-gram, in bits per byte.
 
 All figures are for the same held-out bytes that the model is measured on, as one stream. The
-yardsticks pay nothing for the ends of documents; the model does.
+baselines pay nothing for the ends of documents; the model does.
 """
 
 from __future__ import annotations
 
 import lzma
 import math
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from ...blocks import Result
+
+if TYPE_CHECKING:
+    from ...data.prepared import PreparedData
 
 XZ_TRAIN_BYTES = 8 << 20
 NGRAM_TRAIN_BYTES = 16 << 20
@@ -156,3 +162,65 @@ def _find(table: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Where each key stands in a sorted table, and whether it is there at all."""
     index = np.minimum(np.searchsorted(table, keys), len(table) - 1)
     return index, table[index] == keys
+
+
+def baseline_results(
+    names: Sequence[str], data: PreparedData, split: str, seed: int = 0
+) -> list[Result]:
+    """What the baselines of those names (xz, ngram) reach on a split, the strongest last.
+
+    Over the bytes that the targets stand for: for language modelling the held-out text, for chat
+    the answers alone.
+    """
+    if not names:
+        return []
+    held_out = target_text(data, split)
+    train = target_text(data, "train", at_most=NGRAM_TRAIN_BYTES, seed=seed)
+    results: list[Result] = []
+
+    def add(name: str, bits: float, train_bytes: int = 0, note: str = "") -> None:
+        values = {"bits_per_byte": bits, "bytes": len(held_out), "train_bytes": train_bytes}
+        results.append({"name": name, "values": values, "note": note})
+
+    if "xz" in names:
+        found = xz_bits_per_byte(train, held_out)
+        add("xz -9e", found["bits_per_byte"])
+        if (primed := found["primed_bits_per_byte"]) is not None:
+            known = found["train_bytes"]
+            add(f"xz -9e behind {_megabytes(known)} of training text", primed, known)
+    if "ngram" in names:
+        found = ngram_bits_per_byte(train, held_out)
+        known = found["train_bytes"]
+        note = f"Kneser-Ney, {_megabytes(known)}"
+        add(f"byte {found['order']}-gram", found["bits_per_byte"], known, note)
+    return results
+
+
+def target_text(
+    data: PreparedData, split: str, *, at_most: int | None = None, seed: int = 0
+) -> bytes:
+    """The bytes that a split's targets stand for, documents one behind the other.
+
+    With `at_most`, whole documents in a seeded random order until there are that many bytes, so
+    that a part of a large split speaks for all of it; without, all documents in their order.
+    """
+    tokens_of = data.split(split)
+    token_bytes, tokenizer = data.token_bytes(), data.tokenizer()
+    order: Sequence[int] = range(len(tokens_of))
+    if at_most is not None:
+        order = np.random.default_rng(seed).permutation(len(tokens_of)).tolist()
+    parts: list[bytes] = []
+    size = 0
+    for index in order:
+        tokens, is_target = tokens_of.document(index)
+        wanted = tokens[np.asarray(is_target, dtype=bool) & (token_bytes[tokens] > 0)]
+        text = tokenizer.decode(wanted.tolist(), clean_up_tokenization_spaces=False)
+        parts.append(text.encode())
+        size += len(parts[-1])
+        if at_most is not None and size >= at_most:
+            break
+    return b"".join(parts)[:at_most]
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
