@@ -170,6 +170,7 @@ def differentiable(
             return operator(*arguments)
 
     def call(*arguments: Any) -> Any:
+        """The operator, past the dispatcher where nobody could tell."""
         if torch.compiler.is_compiling():
             return operator(*arguments)
         kinds = tuple(map(type, arguments))
