@@ -92,7 +92,10 @@ def certify(ops: list[str]) -> dict[str, Any]:
     certificate: dict[str, Any] = {"machine": machine(), "missing": without}
     certificate["parity"] = [row for op in ops for row in parity_rows(op, BACKENDS)]
     if interpreted:
-        certificate["parity"] += [row for op in ops for row in interpreted_rows(op)]
+        kernels = {spec.op.name for spec in all_specs("triton")}
+        certificate["parity"] += [
+            row for op in ops if op in kernels for row in interpreted_rows(op)
+        ]
     certificate["parity"].sort(key=lambda row: row["op"])  # stable: backends stay in order
     certificate["compiled"], certificate["over_budget"] = {}, []
     if has_triton:

@@ -20,8 +20,7 @@ from torch import nn
 from gradsmith_kernels.ops.attention import op as attention_op
 from gradsmith_kernels.ops.common.registration import FLOATS
 from gradsmith_kernels.ops.linear_cross_entropy import op as linear_cross_entropy_op
-from gradsmith_kernels.transformers import loss, memory, modules
-from gradsmith_kernels.transformers.exchange import exchange, subclass
+from gradsmith_kernels.transformers import exchange, loss, memory, modules
 
 __all__ = ["Report", "accelerate"]
 
@@ -150,9 +149,9 @@ def _accelerate_attention(model: nn.Module, report: Report) -> None:
         )
         if before == "eager":
             report._undo += [
-                exchange(
+                exchange.exchange(
                     part,
-                    subclass(type(part), attention.with_weights),
+                    exchange.subclass(type(part), attention.with_weights),
                 )
                 for part in module.modules()
                 if isinstance(part, transformers.PreTrainedModel) and part.config is config

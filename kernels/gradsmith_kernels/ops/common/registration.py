@@ -170,7 +170,7 @@ def differentiable(
             return operator(*arguments)
 
     def call(*arguments: Any) -> Any:
-        """The shortest way to a result that what the arguments are allows."""
+        """The operator, past the dispatcher where nobody could tell."""
         if torch.compiler.is_compiling():
             return operator(*arguments)
         kinds = tuple(map(type, arguments))
