@@ -104,7 +104,8 @@ CASES: dict[str, dict[str, Any]] = {
         "evaluate": True,
     },
     "classes": {**CLASSES, "evaluate": True},
-    "pairs": {**PAIRS, "evaluate": True},
+    "pairs": {**TUNED, **PAIRS, "evaluate": True},
+    "pairs-kto": {**TUNED, **PAIRS, "objective": {"name": "kto"}},
     "zero0": {**BF16, "training.zero.stage": 0},
     "zero0-fp32": {"training.zero.stage": 0},
     "zero2": {**BF16, "training.zero.stage": 2},
@@ -124,7 +125,7 @@ CASES: dict[str, dict[str, Any]] = {
     "two-ranks-muon": {**optimizer("muon", 1e-2), "training.zero.stage": 1, "ranks": 2},
     "two-ranks-chat": {**CHAT, "data.packing": False, "training.zero.stage": 3, "ranks": 2},
 }
-NEEDS = {"tuned": "packed", "lora": "packed"}
+NEEDS = dict.fromkeys(("tuned", "lora", "pairs", "pairs-kto"), "packed")
 HERE = ("ranks", "steps", "evaluate")
 
 
