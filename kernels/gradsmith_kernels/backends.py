@@ -65,10 +65,22 @@ def missing(backend: str) -> str | None:
             importlib.import_module("triton")
         except ImportError as error:
             return f"triton cannot be imported ({error})"
-        if not torch.cuda.is_available() and not interpreting():
+        if interpreting():
+            return _interpreters_fault()
+        if not torch.cuda.is_available():
             return "torch finds no GPU"
     elif backend == "cuda" and not torch.cuda.is_available():
         return "torch finds no GPU"
+    return None
+
+
+def _interpreters_fault() -> str | None:
+    """Triton 3.6 takes the bound of a loop, an array of one element, for a number; NumPy 2.4 does
+    not any more."""
+    import numpy
+
+    if triton_before(3, 7) and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
+        return f"the interpreter of Triton 3.6 needs numpy<2.4, and this is {numpy.__version__}"
     return None
 
 

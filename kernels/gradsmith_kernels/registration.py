@@ -29,7 +29,7 @@ _PLAIN = frozenset(
 
 
 def register(name: str, function: Kernel, fake: Kernel) -> None:
-    """Makes gradsmith::`name`, which has no gradient, known to torch."""
+    """Makes gradsmith::`name`, which writes in place and has no gradient, known to torch."""
     torch.library.impl(f"gradsmith::{name}", "CompositeExplicitAutograd", function)
     torch.library.register_fake(f"gradsmith::{name}", fake)
 
@@ -52,8 +52,8 @@ def differentiable(
         setup_context: (ctx, inputs, outputs), as torch.autograd.Function has it. A gradient that
             does not arrive is None.
         backward: (ctx, saved, *gradients): the gradients of all arguments; `saved` are the tensors
-            that setup_context saved. None: the operator is itself a gradient, and refuses to be
-            differentiated once more.
+            that setup_context saved. None: the operator, most often itself a gradient, refuses to
+            be differentiated.
         title: how messages call the op; the name's beginning if not given.
         instead: called first with the arguments where autograd records a call; the call is done
             if it returns anything but None.
@@ -66,6 +66,12 @@ def differentiable(
     operator = getattr(torch.ops.gradsmith, name).default
     defaults = tuple(argument.default_value for argument in operator._schema.arguments)
     title = title or name.removesuffix("_backward")
+    # The dispatcher takes None for a tensor, and hands it on.
+    tensors = [
+        (place, argument.name)
+        for place, argument in enumerate(operator._schema.arguments)
+        if isinstance(argument.type, torch.TensorType)
+    ]
     known: set[tuple[type, ...]] = set()  # the types of arguments that the dispatcher has accepted
 
     def compute(*arguments: Any) -> Any:
@@ -108,7 +114,8 @@ def differentiable(
         @staticmethod
         def backward(ctx: Any, *gradients: Tensor | None) -> Any:
             if backward is None:
-                raise RuntimeError(f"{title} has no second derivative (create_graph=True)")
+                which = "derivative" if title == name else "second derivative (create_graph=True)"
+                raise RuntimeError(f"{title} has no {which}")
             if all(gradient is None for gradient in gradients):
                 return (None,) * len(ctx.needs_input_grad)
             # Beyond the transform that wrapped them, saved tensors have to be unwrapped by hand.
@@ -120,9 +127,10 @@ def differentiable(
 
         @staticmethod
         def jvp(ctx: Any, *_: Any) -> Any:
+            instead = "" if backward is None else "; torch.func.vjp and jacrev work"
             raise NotImplementedError(
                 f"{title} has no forward-mode derivative (torch.func.jvp, jacfwd, "
-                "torch.autograd.forward_ad); torch.func.vjp and jacrev work"
+                f"torch.autograd.forward_ad){instead}"
             )
 
     class Direct(Recorded):
@@ -162,6 +170,11 @@ def differentiable(
         if torch.compiler.is_compiling():
             return operator(*arguments)
         kinds = tuple(map(type, arguments))
+        if kinds not in known:
+            for place, argument in tensors:
+                if not isinstance(arguments[place], Tensor):
+                    found = type(arguments[place]).__name__
+                    raise TypeError(f"{title}: {argument} is {found}; it must be a tensor")
         if kinds not in known or _watched() or arguments[0].is_meta:
             result = operator(*arguments)
             if _PLAIN.issuperset(kinds):

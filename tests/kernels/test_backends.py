@@ -120,3 +120,23 @@ def test_bfloat16_is_refused_in_tritons_interpreter():
     lines = run(code, TRITON_INTERPRET="1").splitlines()
     assert float(lines[0]) == pytest.approx(8)
     assert "silently wrong on bfloat16" in lines[1]
+
+
+@pytest.mark.parametrize(("triton", "numpy", "can"), [("3.6.0", "2.4.0", False),
+                                                      ("3.6.0", "2.3.5", True),
+                                                      ("3.7.1", "2.4.0", True)])  # fmt: skip
+def test_an_interpreter_that_cannot_loop_is_refused(triton, numpy, can, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr("triton.__version__", triton)
+    monkeypatch.setattr("numpy.__version__", numpy)
+    caches = (backends.missing, backends.triton_before)
+    try:
+        for cached in caches:
+            cached.cache_clear()
+        reason = backends.missing("triton")
+    finally:
+        for cached in caches:
+            cached.cache_clear()
+    assert (reason is None) == can
+    assert can or "numpy<2.4" in reason

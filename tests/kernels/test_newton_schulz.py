@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from gradsmith_kernels.newton_schulz import cpu, newton_schulz
 from gradsmith_kernels.newton_schulz.spec import published
@@ -138,3 +139,16 @@ def test_views_and_batches():
 def test_errors(x, options, kind, message):
     with pytest.raises(kind, match=message):
         newton_schulz(x, **options)
+
+
+def test_derivatives_are_refused():
+    x = torch.randn(3, 5)
+    with pytest.raises(NotImplementedError, match="newton_schulz has no forward-mode derivative"):
+        torch.func.jvp(newton_schulz, (x,), (x,))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="newton_schulz has no"):
+        newton_schulz(forward_ad.make_dual(x, x))
+    out = newton_schulz(x.clone().requires_grad_())
+    with pytest.raises(RuntimeError, match=r"^newton_schulz has no derivative$"):
+        out.sum().backward()
+    samples = torch.func.vmap(newton_schulz)(torch.stack((x, 2 * x)))
+    assert torch.equal(samples[0], newton_schulz(x))

@@ -222,8 +222,26 @@ def test_what_the_schema_refuses_is_refused_each_time():
     x, weight = normal(6, 16), normal(16)
     rms_norm(x, weight)
     for _ in range(2):
-        with pytest.raises(RuntimeError, match=r"gradsmith::rms_norm.*weight"):
-            rms_norm(x, weight.numpy())
+        with pytest.raises(RuntimeError, match=r"gradsmith::rms_norm.*eps"):
+            rms_norm(x, weight, eps="small")
+
+
+@EACH
+@pytest.mark.parametrize("found", [None, 3, "x"])
+def test_what_is_no_tensor_is_named(op, found):
+    ours, _, arguments = OPS[op]
+    optional = {"layer_norm": (1, 2), "layer_norm with residual": (1, 2), "linear": (2,)}
+    names = "x, weight, bias, residual, gate, up, q, k, v, hidden".replace(", ", "|")
+    for place in range(len(arguments)):
+        if place in optional.get(op, ()) or op == "rope" or (op, place) == RESIDUAL:
+            continue
+        given = [*arguments[:place], found, *arguments[place + 1 :]]
+        kind = type(found).__name__
+        with pytest.raises(TypeError, match=rf"(?:{names}) is {kind}; it must be a tensor"):
+            ours(*given)
+
+
+RESIDUAL = ("rms_norm with residual", 1)  # of which None says that there is none
 
 
 def test_a_view_that_negates():

@@ -8,7 +8,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-WORDS = ["red", "green", "blue", "cat", "dog", "bird", "runs", "sleeps", "eats", "fast", "slow", "big", "small", "here", "there", "now"]
+ANIMALS, DOING = ["cat", "dog", "bird"], ["runs", "sleeps", "eats"]
+WORDS = ["red", "green", "blue", *ANIMALS, *DOING, "fast", "slow", "big", "small", "here", "now"]
 CONFIG = {
     "hidden_size": 32,
     "intermediate_size": 48,

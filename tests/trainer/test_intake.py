@@ -128,6 +128,8 @@ def test_yaml(text: bytes, said: str, here: Path, refused: Refused) -> None:
         ("training.steps=" + "9" * 30, "less than or equal"),
         ("training.optimizer.eps=1e-300", "greater than or equal"),
         ("training.optimizer.name=adamW", 'Did you mean "adamw"'),
+        ("training.optimizer.name=[]", "training.optimizer.name"),
+        ("training.optimizer.name={a: 1}", "training.optimizer.name"),
         ("evaluation.generation.temperature=1e-40", "0 takes the likeliest token"),
         ("evaluation.generation.temperature=.inf", "less than or equal to 100"),
         ("model.config.num_hidden_layers=0", "allowed are 1 to 1000"),

@@ -6,9 +6,11 @@ import json
 import os
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +188,7 @@ def test_the_sbatch_script_starts_launch_on_each_node(
     directives = re.findall(r"^#SBATCH --(.*)$", script, flags=re.MULTILINE)
     assert {"job-name=tiny", "nodes=2", "ntasks-per-node=1", "time=1:00:00"} <= set(directives)
     assert {"partition=gpu", "gpus-per-node=1", f"chdir={here}"} <= set(directives)
-    assert "output=run/logs/slurm-%j.out" in directives
+    assert f"output={here}/run/logs/slurm-%j.out" in directives
     assert (here / "run" / "logs").is_dir()  # sbatch does not make it
 
     # Run it with stand-ins for Slurm's programs: this srun shows what node 1 would be told.
@@ -234,6 +236,33 @@ def test_slurm_dry_run_prints_the_script_and_writes_nothing(
     assert not (here / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("gets_on", "code", "queued"), [(True, 143, True), (False, 143, False), (True, 1, False)]
+)
+def test_near_the_time_limit_a_job_saves_and_is_queued_again(
+    gets_on: bool, code: int, queued: bool, here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*SLURM[:-1], "--dry-run"]) == 0
+    script = capfd.readouterr().out
+    assert {"#SBATCH --requeue", "#SBATCH --signal=B:USR1@120"} <= set(script.splitlines())
+    # A srun whose ranks save when they are told, as `scancel` tells them.
+    save = "mkdir -p run/checkpoints/step-000007; " if gets_on else ""
+    srun = f"trap '{save}exit {code}' TERM; echo $$ > srun.pid; while :; do sleep 0.05; done"
+    program(here / "bin", "srun", srun)
+    program(here / "bin", "scancel", 'echo "$@" >> told; kill -TERM "$(cat srun.pid)"')
+    program(here / "bin", "scontrol", 'case $1 in show) echo node0;; *) echo "$@" >> told;; esac')
+    environment = {"SLURM_JOB_NODELIST": "node0", "SLURM_JOB_ID": "77"}
+    environment |= {"PATH": f"{here / 'bin'}:/usr/bin:/bin"}
+    shell = subprocess.Popen(["bash", "-c", script], env=environment)
+    while not (here / "srun.pid").is_file() or not (here / "srun.pid").read_text().strip():
+        assert shell.poll() is None
+        time.sleep(0.02)
+    shell.send_signal(signal.SIGUSR1)
+    assert shell.wait(timeout=60) == code
+    told = (here / "told").read_text().splitlines()
+    assert told == ["--signal=TERM 77.0", *(["requeue 77"] if queued else [])]
+
+
 # --------------------------------------------------------------------------- what a shell would do
 
 PAYLOADS = ["; touch pwned", "$(touch pwned)", "`touch pwned`", "'; touch pwned; '", "a b#c%j",
@@ -250,7 +279,8 @@ def test_a_script_hands_on_every_word_as_it_was(
     place.mkdir()
     recipe = Path(f"{payload}.yaml")
     (here / "tiny.yaml").rename(here / recipe)
-    output = "run" if payload in ("~", "${HOME}") else payload  # which a path takes for the home
+    # a path takes two of them for the home, and sbatch drops a backslash
+    output = "run" if payload in ("~", "${HOME}", "\\") else payload
     overrides = [f"data.chat.system={json.dumps(payload)}", f"output={json.dumps(output)}"]
     job = ["launch", "--slurm", "--nodes", "2", "--nproc", "1", "--sbatch", f"comment={payload}",
            "--dry-run", f"./{recipe}", *overrides, "--", payload]  # fmt: skip
@@ -262,7 +292,8 @@ def test_a_script_hands_on_every_word_as_it_was(
         if line.startswith("#SBATCH ")
     ]
     assert [f"--comment={payload}"] in directives
-    assert [f"--output={output.replace('%', '%%')}/logs/slurm-%j.out"] in directives
+    path = f"{here}/{output}".replace("%", "%%")
+    assert [f"--output={path}/logs/slurm-%j.out"] in directives
     assert [f"--chdir={here}"] in directives
     assert all(len(words) == 1 for words in directives)
 
@@ -306,6 +337,24 @@ def test_nothing_with_a_line_break_gets_into_a_script(
     out, err = capfd.readouterr()
     assert out == ""
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("place", ["a\\b", "w%j"])
+def test_what_sbatch_does_with_paths(
+    place: str, here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (here / place).mkdir()
+    monkeypatch.chdir(here / place)
+    texts = "data.sources.0.path=../texts"
+    code = main(["launch", "--slurm", "--nodes", "2", "--nproc", "1", "../tiny.yaml", texts])
+    if "%" in place:  # in --output it fills in what stands behind one, in --chdir it does not
+        script = Path("run/launch.sbatch").read_text()
+        assert f"#SBATCH --chdir={here}/{place}\n" in script
+        assert f"#SBATCH --output={here}/w%%j/run/logs/slurm-%j.out\n" in script
+    else:
+        assert code == 2
+        assert "sbatch takes no path with a \\ in it" in capfd.readouterr().err
+        assert not Path("run").exists()
 
 
 @pytest.mark.parametrize(

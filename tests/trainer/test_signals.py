@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -70,6 +71,13 @@ def saved() -> list[Path]:
     return [path for path in Path("run/checkpoints").glob("step-*") if path.suffix != ".tmp"]
 
 
+def ranks_of(launcher: subprocess.Popen[str]) -> list[int]:
+    """The processes of a launch with two ranks, rank 0 first."""
+    found = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    assert len(found) == 2
+    return sorted(int(pid) for pid in found)
+
+
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
 def test_a_signal_saves_and_the_exit_code_names_it(number: int, here: Path) -> None:
     process = start("train", "r.yaml")
@@ -113,9 +121,7 @@ def test_ctrl_c_ends_prepare_at_once(here: Path) -> None:
 def test_a_killed_rank_is_named(here: Path) -> None:
     process = start("launch", "--nproc", "2", "r.yaml", "training.zero.stage=0")
     wait_for(trains, process)
-    ranks = sorted(int(p.name) for p in Path("/proc").glob("[0-9]*") if parent(p) == process.pid)
-    assert len(ranks) == 2
-    os.kill(ranks[1], signal.SIGKILL)
+    os.kill(ranks_of(process)[1], signal.SIGKILL)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1
     assert err.startswith("error: rank "), err
@@ -131,13 +137,6 @@ def test_a_signal_to_the_launcher_saves(here: Path) -> None:
     assert process.returncode == 129, err
     assert "stopped by SIGHUP after step " in err
     assert len(saved()) == 1
-
-
-def parent(process: Path) -> int:
-    try:
-        return int((process / "stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:
-        return -1
 
 
 @pytest.mark.long
@@ -157,8 +156,7 @@ def test_a_restart_goes_on_from_the_last_checkpoint(here: Path) -> None:
     process = start("launch", "--nproc", "2", "r.yaml", "training.checkpoint.every=20",
                     "training.steps=400", "--", "--max-restarts", "1")  # fmt: skip
     wait_for(lambda: bool(saved()), process)
-    ranks = sorted(int(p.name) for p in Path("/proc").glob("[0-9]*") if parent(p) == process.pid)
-    os.kill(ranks[0], signal.SIGKILL)
+    os.kill(ranks_of(process)[0], signal.SIGKILL)
     out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
     assert "going on from run/checkpoints/step-" in out
@@ -168,8 +166,6 @@ def test_a_restart_goes_on_from_the_last_checkpoint(here: Path) -> None:
 
 
 def small_files() -> None:
-    import resource
-
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
 
@@ -183,6 +179,21 @@ def test_a_disk_that_is_full_at_a_checkpoint_is_said_in_a_line(here: Path) -> No
     assert "no checkpoint is saved yet" in err
     assert err.count("\n") == 1
     assert not list(Path("run/checkpoints").glob("*"))
+
+
+def test_a_disk_that_is_full_for_one_rank_ends_all_in_a_line(here: Path) -> None:
+    process = start("launch", "--nproc", "2", "r.yaml", "training.checkpoint.every=20")
+    wait_for(lambda: bool(saved()), process)
+    # Rank 1 writes its share of the optimizer's states alone: 29,536 x 2 x 4 bytes / 2.
+    resource.prlimit(ranks_of(process)[1], resource.RLIMIT_FSIZE, (50_000, 50_000))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert err.startswith("error: the checkpoint could not be written by rank 1: "), err
+    assert "; saved is run/checkpoints/step-" in err
+    assert err.count("\n") == 1
+    assert saved()
+    assert not list(Path("run/checkpoints").glob(".*"))
+    assert start("evaluate", "run", "--split", "validation").wait(120) == 0
 
 
 @pytest.mark.parametrize(

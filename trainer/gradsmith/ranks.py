@@ -88,16 +88,22 @@ def first(work: Callable[[], Any]) -> Any:
             complaint = f"1{error}"
         except OSError as error:
             complaint = f"1{system_error(error)}"
-    told = list(complaint.encode(errors="replace"))
-    letters = torch.tensor(told, dtype=torch.uint8, device=device())
-    size = torch.tensor([len(letters)], device=device())
-    dist.broadcast(size, 0)
-    if count := int(size.item()):
-        text = letters if rank() == 0 else letters.new_empty(count)
-        dist.broadcast(text, 0)
-        complaint = bytes(text.tolist()).decode()
+    if complaint := _said(complaint, 0):
         raise (UserError if complaint[0] == "2" else RunError)(complaint[1:])
     return result
+
+
+def _said(text: str, source: int) -> str:
+    """What rank `source` says, on every rank."""
+    told = list(text.encode(errors="replace"))
+    letters = torch.tensor(told, dtype=torch.uint8, device=device())
+    size = torch.tensor([len(letters)], device=device())
+    dist.broadcast(size, source)
+    if not (count := int(size.item())):
+        return ""
+    heard = letters if rank() == source else letters.new_empty(count)
+    dist.broadcast(heard, source)
+    return bytes(heard.tolist()).decode()
 
 
 def agree(value: float) -> float:
@@ -117,21 +123,21 @@ def add(values: torch.Tensor) -> torch.Tensor:
 
 
 def together(work: Callable[[], Any], what: str) -> None:
-    """Runs `work` on all ranks; if it fails on one, it fails on all.
+    """Runs `work` on all ranks; if it fails on one, it fails on all, with that one's reason.
 
     Args:
         work: of this rank.
         what: for the message, as "the checkpoint could not be written".
     """
-    error: BaseException | None = None
+    error: Exception | None = None
+    reason = ""
     try:
         work()
     except Exception as caught:  # whatever it is, the other ranks wait for this one
         error = caught
-    failed = torch.tensor([0 if error is None else 1], device=device())
-    dist.all_reduce(failed)
-    if error is not None:
-        told = system_error(error) if isinstance(error, OSError) else one_line(error)
-        raise RunError(f"{what}: {told}") from error
-    if failed.item():
-        raise RunError(f"{what} on another rank; see its log")
+        reason = system_error(error) if isinstance(error, OSError) else one_line(error)
+    failed = torch.tensor([world() if error is None else rank()], device=device())
+    dist.all_reduce(failed, dist.ReduceOp.MIN)
+    if (who := int(failed.item())) < world():
+        by = f" by rank {who}" if world() > 1 else ""
+        raise RunError(f"{what}{by}: {_said(reason, who)}") from error

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from .evaluation.blocks import Block, Definition, Number, Result
+from .blocks import Block, Definition, Number, Result
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Pair = Annotated[list[str], Field(min_length=2, max_length=2)]

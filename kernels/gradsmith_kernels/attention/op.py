@@ -62,6 +62,8 @@ def call(
 ) -> tuple[Tensor, Tensor]:
     """The public functions' common half: their options as the operator takes them."""
     dimensions = 4 if cu_seqlens_q is None else 3
+    if not isinstance(q, Tensor):
+        raise TypeError(f"attention: q is {type(q).__name__}; it must be a tensor")
     if q.dim() != dimensions:
         shape = "(B, S, H, D)" if dimensions == 4 else "(N, H, D)"
         raise ValueError(f"attention: q must be {shape}; it is {tuple(q.shape)}")

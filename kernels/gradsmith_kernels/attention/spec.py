@@ -262,7 +262,8 @@ CASES = (
 
 
 # What a benchmark compares with; None is our own op on one thread.
-Peers = dict[str, Callable[[Inputs, dict[str, Tensor]], Tensor] | None]
+Peer = Callable[[Inputs, dict[str, Tensor]], Tensor]
+Peers = dict[str, Peer | None]
 
 
 class AttentionSpec(Spec):
@@ -315,13 +316,16 @@ class AttentionSpec(Spec):
                 case = Case(
                     rows=length, cols=length, heads=heads, key_heads=heads, size=size, causal=True
                 )
-                cases.append(self._bench(case, torch.bfloat16, False, {"torch": torch_causal}))
                 peers: Peers = {"torch": torch_causal}
+                if length <= 2048:
+                    peers["torch float32"] = torch_causal
+                cases.append(self._bench(case, torch.bfloat16, False, peers))
                 if heads == 1 and size == 128:
-                    peers["gradsmith on one thread"] = None
+                    peers = {**peers, "gradsmith on one thread": None}
                 cases.append(self._bench(case, torch.bfloat16, True, peers))
-        plain = Case(rows=2048, cols=2048, heads=4, key_heads=4, size=128, causal=True)
-        cases.append(self._bench(plain, torch.float32, True, {"torch": torch_causal}))
+            plain = Case(rows=2048, cols=2048, heads=4, key_heads=4, size=size, causal=True)
+            for backward in (False, True):
+                cases.append(self._bench(plain, torch.float32, backward, {"torch": torch_causal}))
         window = replace(plain, rows=8192, cols=8192, heads=1, key_heads=1, window=(511, 0))
         cases.append(self._bench(window, torch.bfloat16, True, {"torch": torch_masked}))
         lengths = tuple((n, n) for n in document_lengths(8192))
@@ -348,6 +352,18 @@ class AttentionSpec(Spec):
         def ours(inputs: Inputs, backend: str | None) -> None:
             timed(lambda inputs, leaves: run_ours(inputs, leaves, backend)[0], inputs)
 
+        def of(name: str, peer: Peer) -> Callable[[Inputs], None]:
+            if name == "torch float32":
+                return lambda inputs: timed(peer, inputs["float32"])
+            return partial(timed, peer)
+
+        def make(device: torch.device) -> Inputs:
+            inputs = make_inputs(case, dtype, device)
+            if "torch float32" in peers:  # the same numbers for it
+                wide = {name: inputs[name].float() for name in ("q", "k", "v", "dout")}
+                inputs = {**inputs, "float32": wide}
+            return inputs
+
         def on_one_thread(inputs: Inputs) -> None:
             threads = torch.get_num_threads()
             torch.set_num_threads(1)
@@ -368,9 +384,9 @@ class AttentionSpec(Spec):
         return BenchCase(
             f"attention {'forward+backward' if backward else 'forward'} causal, {kind}, "
             f"H {case.heads}, D {case.size}, {short}",
-            partial(make_inputs, case, dtype),
+            make,
             ours,
-            {name: partial(timed, peer) if peer else on_one_thread for name, peer in peers.items()},
+            {name: of(name, peer) if peer else on_one_thread for name, peer in peers.items()},
             moved * (3 if backward else 1),
             (14 if backward else 4) * case.heads * case.size * pairs,
             partial(check_parity, self, sample(small, dtype), None),

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-import gradsmith_kernels.newton_schulz.op  # noqa: F401 - registers gradsmith::newton_schulz
+from gradsmith_kernels.newton_schulz import op
 
 __all__ = ["COEFFICIENTS", "newton_schulz"]
 
@@ -40,7 +39,7 @@ def newton_schulz(
 
     Returns:
         the matrices, contiguous, of x's shape and dtype. Zero gives zero; a NaN or an infinity
-        gives a matrix of NaN. Not differentiable.
+        gives a matrix of NaN. Not differentiable: asking for a derivative raises.
 
     Of the symmetric products only one half is computed. On the CPU bfloat16 matrices that are much
     wider than high (or the other way round) are iterated as Gram matrices in float32: less work
@@ -52,7 +51,5 @@ def newton_schulz(
         TypeError: the dtype is not one of the above.
         BackendError: the backend cannot run here.
     """
-    y: Tensor = torch.ops.gradsmith.newton_schulz.default(
-        x, steps, list(coefficients), eps, backend
-    )
+    y: Tensor = op.NEWTON_SCHULZ(x, steps, list(coefficients), eps, backend)
     return y

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gradsmith_kernels.backends import Implementation, Op
-from gradsmith_kernels.registration import register
+from gradsmith_kernels.registration import differentiable
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 OP = Op(
@@ -71,4 +71,4 @@ def _empty(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-register("newton_schulz", _newton_schulz, _newton_schulz_fake)
+NEWTON_SCHULZ = differentiable("newton_schulz", _newton_schulz, _newton_schulz_fake)

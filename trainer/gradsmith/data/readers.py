@@ -167,9 +167,10 @@ def _dataset_rows(source: Source, where: str) -> Iterator[tuple[dict[str, Any], 
                         f"allowed are {', '.join(found)}"
                     )
                 found = found[source.split]
+            _check_own([part["filename"] for part in found.cache_files], path, name, where)
         else:
             builder = datasets.load_dataset_builder(name)
-            _check_builder(builder, path.resolve() if path.is_dir() else None, name, where)
+            _check_builder(builder, path if path.is_dir() else None, name, where)
             found = builder.as_streaming_dataset(split=source.split)
         for number, row in enumerate(found, 1):
             yield row, f"{source.path}:{source.split}:row {number}"
@@ -178,24 +179,32 @@ def _dataset_rows(source: Source, where: str) -> Iterator[tuple[dict[str, Any], 
 def _check_builder(builder: Any, folder: Path | None, name: str, where: str) -> None:
     """
     Raises:
-        UserError: a dataset's card names files that are not its own, or files that are read by
-            other code than that for text, CSV, JSON, Parquet and Arrow.
+        UserError: a dataset's card names files that are not its own, or that are read by other
+            code than that for text, CSV, JSON, Parquet and Arrow.
     """
     kind = type(builder).__module__.rpartition(".")[2]
     if kind not in DATASET_KINDS:
         raise UserError(
             f"{where}.path: {name} is read as {kind}; allowed are {', '.join(DATASET_KINDS)}"
         )
-    for files in (builder.config.data_files or {}).values():
-        for file in map(str, files):
-            if folder is None:
-                own = file.startswith(f"hf://datasets/{name}@")
-            else:
-                own = "://" not in file and Path(file).resolve().is_relative_to(folder)
-            if not own:
-                raise UserError(
-                    f"{where}.path: {name} names a file that is not its own: {one_line(file)}"
-                )
+    files = [str(f) for of in (builder.config.data_files or {}).values() for f in of]
+    _check_own(files, folder, name, where)
+
+
+def _check_own(files: list[str], folder: Path | None, name: str, where: str) -> None:
+    """
+    Raises:
+        UserError: one of a dataset's files is outside its folder, or of another dataset.
+    """
+    for file in files:
+        if folder is None:
+            own = file.startswith(f"hf://datasets/{name}@")
+        else:
+            own = "://" not in file and Path(file).resolve().is_relative_to(folder.resolve())
+        if not own:
+            raise UserError(
+                f"{where}.path: {name} names a file that is not its own: {one_line(file)}"
+            )
 
 
 def check_dataset(root: Path, where: str) -> None:

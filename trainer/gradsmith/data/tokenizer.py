@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
+from ..gguf import find_gguf
+from ..gguf import place as gguf_place
 from ..hub import hub_name
-from ..models.gguf import find_gguf
-from ..models.gguf import place as gguf_place
 from ..reading import reading
 
 TOKENIZER_FILES = (

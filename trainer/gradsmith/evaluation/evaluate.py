@@ -7,11 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..blocks import BASE, OURS, Result
 from ..console import quiet
 from ..errors import UserError
 from ..files import read_json, write_json
 from ..run import Run
-from .blocks import BASE, OURS, Result
 
 if TYPE_CHECKING:
     from ..data.prepared import PreparedData

@@ -1,4 +1,4 @@
-"""Blocks as HTML: six kinds of figures, whatever they are about (gradsmith.evaluation.blocks)."""
+"""Blocks as HTML: six kinds of figures, whatever they are about (gradsmith.blocks)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
-from ..evaluation.blocks import Metric
+from ..blocks import Metric
 from . import plots
 from .page import Html, el, join
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..evaluation.blocks import Metric
+from ..blocks import Metric
 
 MOST_CLASSES = 200  # above, the confusion matrix is kept as three counts a class
 CALIBRATION_BINS = 15

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..blocks import Examination, Result
 from ..data.packing import IGNORED
 from ..data.pairs import PairProcessor
 from ..data.prepared import PreparedData
 from ..data.processor import Batch
-from ..evaluation.blocks import Examination, Result
 from ..recipe import PreferenceRecipe
 from .language_modeling import LanguageModeling
 from .metrics import wilson_interval

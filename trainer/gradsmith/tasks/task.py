@@ -18,10 +18,10 @@ from typing import Any, ClassVar
 
 import torch
 
+from ..blocks import Examination, Metric, Result
 from ..data.prepared import PreparedData
 from ..data.processor import Batch, Dataset, Processor
 from ..errors import UserError, did_you_mean
-from ..evaluation.blocks import Examination, Metric, Result
 from ..recipe import Recipe
 
 
