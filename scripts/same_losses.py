@@ -26,6 +26,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -67,6 +68,18 @@ CHAT = {
     "data.task": "chat",
     "data.sources": [{"kind": "jsonl", "path": "chat.jsonl", "prompt": "q", "response": "a"}],
 }
+CLASSES = {
+    "data.task": "text_classification",
+    "data.sources": [{"kind": "jsonl", "path": "classes.jsonl"}],
+    "evaluation": None,
+    "objective": {"class_weights": "balanced", "label_smoothing": 0.1},
+    "model.architecture": "bert",
+}
+PAIRS = {
+    "data.task": "preference",
+    "data.sources": [{"kind": "jsonl", "path": "pairs.jsonl"}],
+    "evaluation": None,
+}
 BF16 = {"training.precision": "bf16"}
 TUNED = {"model": {"from": "runs/packed"}, "data.tokenizer": None}
 RESUMED = {"steps": [2, 4]}  # trained to step 2, then by another command to step 4
@@ -90,6 +103,8 @@ CASES: dict[str, dict[str, Any]] = {
         "model.adapter": {"method": "lora", "rank": 2, "dropout": 0.1},
         "evaluate": True,
     },
+    "classes": {**CLASSES, "evaluate": True},
+    "pairs": {**PAIRS, "evaluate": True},
     "zero0": {**BF16, "training.zero.stage": 0},
     "zero0-fp32": {"training.zero.stage": 0},
     "zero2": {**BF16, "training.zero.stage": 2},
@@ -129,10 +144,17 @@ def train_cases(names: list[str]) -> None:
                 path.write_text(json.dumps(recipe(name, steps)), encoding="utf-8")
             if ranked:
                 wait_for(path)
-            app(["train", str(path)], standalone_mode=False)
-        if case.get("evaluate"):
-            app(["evaluate", f"runs/{name}", "--split", "validation"], standalone_mode=False)
-        if os.environ.get("RANK", "0") == "0":
+            try:
+                app(["train", str(path)], standalone_mode=False)
+            except Exception as error:
+                if ranked:  # the others wait for this one
+                    raise
+                traceback.print_exc()
+                Path(f"{name}.failed").write_text(f"{type(error).__name__}: {error}")
+                break
+        else:
+            if case.get("evaluate"):
+                app(["evaluate", f"runs/{name}", "--split", "validation"], standalone_mode=False)
             Path(f"{name}.done").touch()
         print(f"{name}: {time.monotonic() - began:.1f} s", flush=True)
     sys.stdout.flush()
@@ -156,7 +178,10 @@ def recipe(name: str, steps: int | None) -> dict[str, Any]:
         node = tree
         for part in path:
             node = node.setdefault(part, {})
-        node[last] = value
+        if value is None:
+            node.pop(last, None)
+        else:
+            node[last] = value
     if steps is not None:
         tree["training"]["steps"] = steps
     return tree
@@ -167,15 +192,21 @@ def write_corpus(folder: Path) -> None:
     (folder / "corpus").mkdir(parents=True, exist_ok=True)
     library = Path(json.__file__).parent.parent
     paths = [p for m in ("json", "html", "urllib", "logging") for p in (library / m).glob("*.py")]
-    rows = []
+    rows, classes = [], []
     for path in sorted(paths):
         shutil.copy(path, folder / "corpus" / f"{path.parent.name}_{path.name}")
         for line in path.read_text(encoding="utf-8").splitlines():
             if line.lstrip().startswith("def ") and len(line) < 90:
                 said = line.strip().removeprefix("def ")
                 rows.append({"q": f"What does {said} take?", "a": said.partition("(")[2]})
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / "chat.jsonl").write_text(text, encoding="utf-8")
+                classes.append({"text": said, "label": path.parent.name})
+    pairs = [
+        {"prompt": row["q"], "chosen": row["a"], "rejected": said["text"]}
+        for row, said in zip(rows, classes, strict=True)
+    ]
+    for name, kind in (("chat", rows), ("classes", classes), ("pairs", pairs)):
+        text = "".join(json.dumps(row) + "\n" for row in kind)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
 
 # --------------------------------------------------------------------------- both, from outside
@@ -193,6 +224,7 @@ class Side:
         if todo and not (self.folder / "corpus").exists():
             write_corpus(self.folder)
         for name in todo:
+            (self.folder / f"{name}.failed").unlink(missing_ok=True)
             shutil.rmtree(self.folder / "runs" / name, ignore_errors=True)
         for ranks in sorted({CASES[name].get("ranks", 1) for name in todo}):
             self._start([n for n in todo if CASES[n].get("ranks", 1) == ranks], ranks)
@@ -356,23 +388,31 @@ def main() -> None:
             thread.join()
         if failed := "".join(side.failed for side in sides):
             sys.exit(failed)
-        sys.exit(verdict(names, base / "runs", Path(temporary) / "runs"))
+        sys.exit(verdict(names, base, Path(temporary)))
 
 
 def verdict(names: list[str], base: Path, ours: Path) -> int:
     """Says of each case whether it is the same; 1 if one is not."""
-    different = 0
+    different = new = 0
     for name in names:
-        found = list(differences(base / name, ours / name))
+        failed = [side / f"{name}.failed" for side in (base, ours)]
+        if failed[0].exists():  # a task that BASE does not know
+            found = [f"(not to be had before: {' '.join(failed[0].read_text().split())[:150]})"]
+            new += 1
+        elif failed[1].exists():
+            found = [f"fails now: {failed[1].read_text()}"]
+        else:
+            found = list(differences(base / "runs" / name, ours / "runs" / name))
         real = [line for line in found if not line.startswith("(")]
-        told = f"DIFFERENT\n    {real[0]}" if real else "the same"
+        same = "new" if failed[0].exists() else "the same"
+        told = f"DIFFERENT\n    {real[0]}" if real else same
         if len(real) > 1:
             told += f"\n    and {len(real) - 1} more"
         for note in found:
             told += f"\n    {note}" if note.startswith("(") else ""
         print(f"{name:15} {told}")
         different += bool(real)
-    print(f"{len(names) - different} of {len(names)} cases are the same, bit by bit")
+    print(f"{len(names) - different - new} of {len(names) - new} cases are the same, bit by bit")
     return int(different > 0)
 
 

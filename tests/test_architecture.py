@@ -44,6 +44,35 @@ def test_the_trainer_uses_the_kernels_public_names_only(path):
             assert used is None or used in PUBLIC, f"{module} {name}"
 
 
+# From the ground: a room may import those below it, also inside functions. So there is no circle.
+FLOORS = [
+    {"errors"}, {"blocks", "reading"}, {"console", "shapes"}, {"files", "hub", "ranks"}, {"gguf"},
+    {"recipe"}, {"precision"}, {"run"}, {"checkpoints"}, {"data"}, {"tasks"}, {"models"},
+    {"checks"}, {"evaluation"}, {"training"}, {"report"}, {"launch", "quickstart"}, {"doctor"},
+    {"cli"}, {"__main__"},
+]  # fmt: skip
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def rooms_used(path):
+    """The rooms of the trainer that a file of it imports by relative imports."""
+    package = path.relative_to(TRAINER).parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) - node.level + 1]
+            target = (*base, *(node.module or "").split(".")) if node.module else base
+            yield from [target[0]] if target else [alias.name for alias in node.names]
+
+
+@pytest.mark.parametrize("path", modules(TRAINER))
+def test_the_trainers_rooms_import_what_is_below_them(path):
+    own = path.relative_to(TRAINER).with_suffix("").parts[0]
+    if own == "__init__":
+        return
+    for room in set(rooms_used(path)) - {own, "__version__"}:
+        assert FLOOR[room] < FLOOR[own], f"{own} is on floor {FLOOR[own]}, {room} above it"
+
+
 @pytest.mark.parametrize("path", [p for p in (ROOT / "csrc").rglob("*") if p.is_file()], ids=str)
 def test_csrc_knows_nothing_of_torch(path):
     includes = [line for line in path.read_text().splitlines() if line.startswith("#include")]

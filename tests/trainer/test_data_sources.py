@@ -14,9 +14,9 @@ import pyarrow.parquet
 import pytest
 from data_recipes import jsonl_source, make, pairs, words, write_jsonl
 
-from gradsmith.data import sources
 from gradsmith.data.example import Ledger
-from gradsmith.data.sources import _blocks, check_sources, fingerprint, read
+from gradsmith.data.readers import _blocks
+from gradsmith.data.sources import check_sources, fingerprint, read
 from gradsmith.errors import UserError
 from gradsmith.recipe import TextData as Data
 
@@ -305,7 +305,8 @@ def stdlib(tmp_path, monkeypatch) -> Path:
     (root / "latin.py").write_bytes(b"# -*- coding: latin-1 -*-\nname = 'caf\xe9'\r\n")
     (root / "undecodable.py").write_bytes(b"name = 'caf\xe9'\n")
     (root / "broken.py").write_text("def (:\n")
-    monkeypatch.setattr(sources, "_stdlib", lambda: root)
+    for module in ("stdlib", "sources"):
+        monkeypatch.setattr(f"gradsmith.data.{module}.stdlib", lambda: root)
     return root
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import yaml
 
+from gradsmith.blocks import BASE
 from gradsmith.errors import UserError
-from gradsmith.evaluation.blocks import BASE
 from gradsmith.evaluation.evaluate import evaluate
 from gradsmith.evaluation.generate import generate
 from gradsmith.report.build import build_report

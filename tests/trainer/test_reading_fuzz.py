@@ -37,6 +37,17 @@ RECIPE = {
     "training": {"steps": 2, "optimizer": {"name": "adamw", "betas": [0.9, 0.95]}},
     "evaluation": {"generation": {"prompts": ["a"]}},
 }
+CLASSES = RECIPE | {
+    "data": {"task": "text_classification", "tokenizer": {"train": {}},
+             "sources": [{"kind": "csv", "path": "a.csv", "delimiter": ";", "columns": ["a"]}]},
+    "objective": {"class_weights": {"a": 1.0, "b": 2}, "label_smoothing": 0.1},
+}  # fmt: skip
+del CLASSES["evaluation"]
+PAIRS = CLASSES | {
+    "data": {"task": "preference", "tokenizer": {"train": {}},
+             "sources": [{"kind": "jsonl", "path": "a", "chosen": "b"}]},
+    "objective": {"name": "kto", "beta": 0.1, "desirable_weight": 1},
+}  # fmt: skip
 FILE = {"bytes": 1, "sha256": "0"}
 SPLIT = {"documents": 1, "tokens": 2, "target_tokens": 1, "bytes": 3, "eos_targets": 1,
          "files": {"tokens.bin": FILE}}  # fmt: skip
@@ -146,6 +157,8 @@ def as_yaml(tree: Any) -> str:
 
 READERS: dict[str, tuple[str, st.SearchStrategy[bytes], Callable[[Path], object]]] = {
     "recipe": ("r.yaml", texts(RECIPE, as_yaml), lambda f: load_recipe(f / "r.yaml")),
+    "recipe of classes": ("r.yaml", texts(CLASSES, as_yaml), lambda f: load_recipe(f / "r.yaml")),
+    "recipe of pairs": ("r.yaml", texts(PAIRS, as_yaml), lambda f: load_recipe(f / "r.yaml")),
     "override": (
         "override",
         st.builds(

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from gradsmith.evaluation.blocks import BASE, OURS
+from gradsmith.blocks import BASE, OURS
 from gradsmith.recipe import parse_recipe
 from gradsmith.report.build import build_report
 from gradsmith.report.plots import Chart, Series, draw, label, log_ticks, smooth, thin, ticks
@@ -388,7 +388,7 @@ def drawn(blocks: list[dict]) -> Page:
     """Blocks, checked as those of a file are, as a page."""
     from pydantic import TypeAdapter
 
-    from gradsmith.evaluation.blocks import Block
+    from gradsmith.blocks import Block
     from gradsmith.report.blocks import draw as draw_blocks
 
     stored = json.loads(json.dumps(blocks))
@@ -410,7 +410,7 @@ def test_a_block_is_drawn_and_what_it_says_is_not_run(kind):
 def test_every_kind_of_block_is_tried():
     from typing import get_args
 
-    from gradsmith.evaluation.blocks import Block
+    from gradsmith.blocks import Block
 
     assert len(get_args(get_args(Block)[0])) == len(BLOCKS)
 
@@ -419,7 +419,7 @@ def test_a_matrix_is_shaded_by_row_and_its_diagonal_set_apart():
     page = drawn([block_of("matrix")])
     cells = [a for t, a in page.tags if t == "td" and "title" in a]
     assert [(a["style"], a.get("class")) for a in cells] == [
-        ("--share:0.750", "strong"), ("--share:0.250", "wrong"), ("--share:1.000", "strong")
+        ("--share:0.750", "half"), ("--share:0.250", "wrong"), ("--share:1.000", "half strong")
     ]  # fmt: skip
     assert cells[0]["title"] == "class cat, predicted cat: 30, 75.0% of the row"
 

@@ -292,3 +292,18 @@ def test_a_regression_has_figures():
     assert sum(share for _, share in blocks[0]["lines"][0]["points"]) == pytest.approx(1)
     assert [bar["value"] for bar in blocks[1]["bars"]] == [0, 1, 1]
     assert "Residuals" in drawn(blocks).text
+
+
+def test_the_majority_follows_from_the_sums():
+    from types import SimpleNamespace
+
+    from gradsmith.tasks.classification import Classification
+
+    logits, target, _ = examples(3, 500, 6)
+    processor = SimpleNamespace(labels=["a", "b", "c"], classes={"a": 10, "b": 70, "c": 20})
+    task = Classification(None, processor)
+    found = task.majority(task.sums.sums(logits, target))["values"]
+    always = np.tile([0.1, 0.7, 0.2], (500, 1))
+    assert found["accuracy"] == pytest.approx(float((target == 1).double().mean()))
+    assert found["loss"] == pytest.approx(oracle.log_loss(target, always, labels=range(3)))
+    assert found["roc_auc"] == pytest.approx(0.5)

@@ -1,8 +1,8 @@
 """What can be checked about a recipe without training: `gradsmith validate`, and the first thing
 that `train` and `launch` do.
 
-`recipe.py` checks the recipe by itself; here it meets the machine: files, folders, the model that
-it describes. The model is built on the meta device, so its size does not matter.
+`gradsmith.recipe` checks a recipe by itself; here it meets the machine: files, folders, the model
+that it describes. The model is built on the meta device, so its size does not matter.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn
 
 if TYPE_CHECKING:
-    from .evaluation.blocks import Metric
+    from .blocks import Metric
 
 PLAIN_EVERY = 10.0  # seconds between two plain progress lines
 

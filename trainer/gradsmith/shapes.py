@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from .evaluation.blocks import Block, Definition, Number, Result
+from .blocks import Block, Definition, Number, Result
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Pair = Annotated[list[str], Field(min_length=2, max_length=2)]
@@ -86,13 +86,40 @@ class DataSummary(Shape):
 
 
 class DataManifest(Shape):
-    """data/manifest.json"""
+    """data/manifest.json, of any task"""
 
     format: str
     task: str
     data_hash: str
     sources: list[SourceEntry]
     splits: dict[Split, SplitEntry]
+
+
+class StoredColumn(Shape):
+    dtype: str
+    shape: list[Count]
+    offsets: str | None
+
+
+class ProcessorManifest(DataManifest):
+    """data/manifest.json of a task that says there what its columns are"""
+
+    processor: FilesEntry
+    columns: dict[str, StoredColumn]
+
+
+class LabelledProcessor(Shape):
+    """processor.json of labelled texts"""
+
+    classes: Annotated[dict[str, Count], Field(min_length=2)]
+    longest: Annotated[int, Field(ge=1)]
+
+
+class PairSettings(Shape):
+    """processor.json of preferences"""
+
+    longest: Annotated[int, Field(ge=1)]
+    system: str | None = None
 
 
 class TextManifest(DataManifest):

@@ -78,7 +78,7 @@ def _write(recipe: Recipe, scratch: Path, log: Callable[[str], None]) -> dict[st
     processor.save_pretrained(scratch / kind.folder)
     splits = {name: _encode(processor, scratch, name, ledger) for name in SPLITS}
     _check_shares(recipe, {name: entry["documents"] for name, entry in splits.items()}, ledger)
-    _log_splits(splits, log)
+    _log_splits(splits, kind.noun, log)
     ledger.check()
     return {
         "format": FORMAT,
@@ -242,12 +242,10 @@ def _encode(processor: Processor, scratch: Path, name: str, ledger: Ledger) -> d
     return {**counts, "files": files}
 
 
-def _log_splits(splits: dict[str, dict[str, Any]], log: Callable[[str], None]) -> None:
+def _log_splits(splits: dict[str, dict[str, Any]], noun: str, log: Callable[[str], None]) -> None:
     for name, entry in splits.items():
         if entry["documents"]:
-            more = ""
-            if "tokens" in entry:
-                more = (
-                    f", {entry['tokens']:,} tokens, {entry['target_tokens']:,} of them in the loss"
-                )
-            log(f"{name}: {entry['documents']:,} documents{more}")
+            more = f", {entry['tokens']:,} tokens" if "tokens" in entry else ""
+            if "target_tokens" in entry:
+                more += f", {entry['target_tokens']:,} of them in the loss"
+            log(f"{name}: {entry['documents']:,} {noun}{more}")

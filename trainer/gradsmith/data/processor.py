@@ -7,7 +7,7 @@ Letters: B rows of a batch.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
@@ -16,8 +16,8 @@ from typing import Any, ClassVar, Protocol, Self
 import numpy as np
 import torch
 
-from ..recipe import Recipe
-from ..shapes import DataManifest
+from ..recipe import Source
+from ..shapes import DataManifest, ProcessorManifest
 from .columns import Column, Columns
 from .example import Example, Ledger
 from .tokenizer import TOKENIZER_FILES
@@ -34,6 +34,8 @@ PROCESSOR_FILES = {
 PROCESSORS = {
     "language_modeling": "text:TextProcessor",
     "chat": "text:ChatProcessor",
+    "text_classification": "labelled:LabelledTextProcessor",
+    "preference": "pairs:PairProcessor",
 }
 """data.task -> where its processor is, below gradsmith.data; imported on use."""
 
@@ -122,19 +124,46 @@ class Processor(ABC):
     """
 
     folder: ClassVar[str] = "processor"
-    manifest_shape: ClassVar[type[DataManifest]] = DataManifest
+    manifest_shape: ClassVar[type[DataManifest]] = ProcessorManifest
     split_class: ClassVar[type[Columns]] = Columns
     noun: ClassVar[str] = "examples"
     counted: ClassVar[tuple[str, ...]] = ()
-    columns: dict[str, Column]
+    columns: Mapping[str, Column]
 
     @classmethod
-    def inputs(cls, recipe: Recipe) -> dict[str, Any]:
+    def check_source(cls, source: Source, where: str) -> None:
+        """
+        Raises:
+            UserError: the processor cannot use what the recipe's key `where` names.
+        """
+        return None
+
+    @classmethod
+    def reads(cls, source: Source) -> list[str]:
+        """The columns or keys that it reads of a source's rows."""
+        raise NotImplementedError(f"{cls.__name__} reads no rows")
+
+    @classmethod
+    def example(cls, row: dict[str, Any], at: str, source: Source) -> Example:
+        """A row of a source as an example.
+
+        Raises:
+            UserError: naming `at`, where it stands, and what is wrong with it.
+        """
+        raise NotImplementedError(f"{cls.__name__} reads no rows")
+
+    @classmethod
+    def group_of(cls, example: Example) -> bytes | None:
+        """What must be equal for two examples to stay on one side of the split."""
+        return None
+
+    @classmethod
+    def inputs(cls, recipe: Any) -> dict[str, Any]:
         """What is read besides the sources, with hashes, for the manifest."""
         return {}
 
     @classmethod
-    def check(cls, recipe: Recipe) -> None:
+    def check(cls, recipe: Any) -> None:
         """Looks at those files before anything is read or trained.
 
         Raises:
@@ -146,7 +175,7 @@ class Processor(ABC):
     @abstractmethod
     def fit(
         cls,
-        recipe: Recipe,
+        recipe: Any,
         examples: Callable[[], Iterable[Example]],
         ledger: Ledger,
         log: Callable[[str], None],
@@ -183,7 +212,10 @@ class Processor(ABC):
     @classmethod
     def stored(cls, manifest: dict[str, Any]) -> dict[str, Column]:
         """The columns that a manifest says are there."""
-        return {name: Column(**entry) for name, entry in manifest["columns"].items()}
+        return {
+            name: Column(entry["dtype"], tuple(entry["shape"]), entry["offsets"])
+            for name, entry in manifest["columns"].items()
+        }
 
     @abstractmethod
     def dataset(self, split: Any, *, augment: bool = False) -> Dataset:
@@ -203,5 +235,5 @@ class Processor(ABC):
 
     @classmethod
     @abstractmethod
-    def from_pretrained(cls, folder: Path, recipe: Recipe) -> Self:
+    def from_pretrained(cls, folder: Path, recipe: Any) -> Self:
         """What `save_pretrained` wrote."""

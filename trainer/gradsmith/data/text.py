@@ -11,14 +11,14 @@ import torch
 
 from ..errors import UserError
 from ..files import file_entry, files_in
-from ..recipe import Recipe
 from ..shapes import TextManifest
-from .chat import CHATML, render
+from .chat import CHATML, prompt_of, render
 from .columns import Column, Columns
-from .example import Example, Ledger
+from .example import Example, Ledger, content_digest
+from .files import decode
 from .packing import Sequences
 from .processor import Dropped, Processor, Row
-from .sources import decode
+from .readers import messages_of, string
 from .tokenizer import (
     TOKENIZER_FILES,
     find_tokenizer,
@@ -60,21 +60,36 @@ class TextProcessor(Processor):
     noun = "documents"
     counted = ("tokens", "target_tokens", "bytes", "eos_targets")
 
-    def __init__(self, tokenizer: Any, recipe: Recipe):
+    def __init__(self, tokenizer: Any, recipe: Any):
         self.tokenizer, self.data = tokenizer, recipe.data
         self.token_bytes = token_bytes(tokenizer)
         self.columns = self.stored({"vocab_size": len(tokenizer)})
 
     @classmethod
-    def inputs(cls, recipe: Recipe) -> dict[str, Any]:
-        place, template = tokenizer_place(recipe), recipe.data.chat.template
-        return {
-            "tokenizer_from": files_in(Path(place[0]), TOKENIZER_FILES) if place else None,
-            "template_from": file_entry(_template_file(template)) if template else None,
-        }
+    def check_source(cls, source: Any, where: str) -> None:
+        for key in ("prompt", "messages"):
+            if getattr(source, key) is not None:
+                raise UserError(
+                    f"{where}.{key}: goes with data.task chat; the task is language_modeling, "
+                    "which reads the key that `text` names"
+                )
 
     @classmethod
-    def check(cls, recipe: Recipe) -> None:
+    def reads(cls, source: Any) -> list[str]:
+        return [source.text]
+
+    @classmethod
+    def example(cls, row: dict[str, Any], at: str, source: Any) -> Example:
+        return Example(at, string(row, source.text, at))
+
+    @classmethod
+    def inputs(cls, recipe: Any) -> dict[str, Any]:
+        template = recipe.data.chat.template
+        entry = file_entry(_template_file(template)) if template else None
+        return {**tokenizer_inputs(recipe), "template_from": entry}
+
+    @classmethod
+    def check(cls, recipe: Any) -> None:
         place, template = tokenizer_place(recipe), recipe.data.chat.template
         if place is not None and Path(place[0]).is_dir():
             load_tokenizer(*place)
@@ -84,18 +99,13 @@ class TextProcessor(Processor):
     @classmethod
     def fit(
         cls,
-        recipe: Recipe,
+        recipe: Any,
         examples: Callable[[], Iterable[Example]],
         ledger: Ledger,
         log: Callable[[str], None],
     ) -> Self:
         tokenizer = fit_tokenizer(recipe, examples, ledger, log)
-        template = recipe.data.chat.template
-        if template is not None:
-            file = _template_file(template)
-            tokenizer.chat_template = decode(file.read_bytes(), file)
-        elif tokenizer.chat_template is None:
-            tokenizer.chat_template = CHATML
+        add_template(tokenizer, recipe)
         return cls(tokenizer, recipe)
 
     @classmethod
@@ -165,7 +175,7 @@ class TextProcessor(Processor):
         self.tokenizer.save_pretrained(folder)
 
     @classmethod
-    def from_pretrained(cls, folder: Path, recipe: Recipe) -> Self:
+    def from_pretrained(cls, folder: Path, recipe: Any) -> Self:
         return cls(load_tokenizer(str(folder), "data"), recipe)
 
 
@@ -175,10 +185,40 @@ class ChatProcessor(TextProcessor):
     noun = "conversations"
     masked = "prompt and template"
 
-    def __init__(self, tokenizer: Any, recipe: Recipe):
+    def __init__(self, tokenizer: Any, recipe: Any):
         super().__init__(tokenizer, recipe)
-        added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
-        self._special = [token.content for token in added if token.special]
+        self._special = special_tokens(tokenizer)
+
+    @classmethod
+    def check_source(cls, source: Any, where: str) -> None:
+        if source.kind == "text":
+            raise UserError(
+                f"{where}.kind: text has no questions and answers; task chat takes jsonl, parquet "
+                "and hf_dataset (with prompt and response, or messages) and python_stdlib"
+            )
+
+    @classmethod
+    def reads(cls, source: Any) -> list[str]:
+        if source.prompt is not None and source.response is not None:
+            return [source.prompt, source.response]
+        return [source.messages or "messages"]
+
+    @classmethod
+    def example(cls, row: dict[str, Any], at: str, source: Any) -> Example:
+        if source.prompt is None or source.response is None:
+            return Example(at, messages_of(row, source.messages or "messages", at))
+        return Example(
+            at,
+            [
+                {"role": "user", "content": string(row, source.prompt, at)},
+                {"role": "assistant", "content": string(row, source.response, at)},
+            ],
+        )
+
+    @classmethod
+    def group_of(cls, example: Example) -> bytes:
+        """Conversations with one prompt stay together: no question is on two sides."""
+        return content_digest(prompt_of(example.messages))
 
     @classmethod
     def stored(cls, manifest: dict[str, Any]) -> dict[str, Column]:
@@ -267,7 +307,7 @@ class ChatProcessor(TextProcessor):
 # -------------------------------------------------------------------------------- the tokenizer
 
 
-def tokenizer_place(recipe: Recipe) -> tuple[str, str] | None:
+def tokenizer_place(recipe: Any) -> tuple[str, str] | None:
     """(folder or hub name, the recipe's key) of a tokenizer that is taken and not trained."""
     settings = recipe.data.tokenizer
     if settings is not None and settings.train is not None:
@@ -280,15 +320,17 @@ def tokenizer_place(recipe: Recipe) -> tuple[str, str] | None:
 
 
 def fit_tokenizer(
-    recipe: Recipe,
+    recipe: Any,
     examples: Callable[[], Iterable[Example]],
     ledger: Ledger,
     log: Callable[[str], None],
+    *,
+    needs_eos: bool = True,
 ) -> Any:
     """The tokenizer that the recipe names, or one trained on the examples' texts."""
     place = tokenizer_place(recipe)
     if place is not None:
-        return load_tokenizer(*place)
+        return load_tokenizer(*place, needs_eos=needs_eos)
     assert recipe.data.tokenizer is not None
     assert recipe.data.tokenizer.train is not None
     asked = recipe.data.tokenizer.train.vocab_size
@@ -315,6 +357,28 @@ def _texts(examples: Iterable[Example]) -> Iterator[str]:
 def bos_id(tokenizer: Any) -> int:
     """What a document starts with: BOS, or in a vocabulary without one EOS, as in GPT-2."""
     return int(tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id)
+
+
+def add_template(tokenizer: Any, recipe: Any) -> None:
+    """Gives a tokenizer the recipe's chat template; else it keeps its own, or gets ChatML."""
+    template = recipe.data.chat.template
+    if template is not None:
+        file = _template_file(template)
+        tokenizer.chat_template = decode(file.read_bytes(), file)
+    elif tokenizer.chat_template is None:
+        tokenizer.chat_template = CHATML
+
+
+def special_tokens(tokenizer: Any) -> list[str]:
+    """The texts of the special tokens."""
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
+    return [token.content for token in added if token.special]
+
+
+def tokenizer_inputs(recipe: Any) -> dict[str, Any]:
+    """The files of a tokenizer that is taken, with hashes."""
+    place = tokenizer_place(recipe)
+    return {"tokenizer_from": files_in(Path(place[0]), TOKENIZER_FILES) if place else None}
 
 
 def _template_file(template: str) -> Path:

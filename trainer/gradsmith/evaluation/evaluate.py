@@ -7,11 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..blocks import BASE, OURS, Result
 from ..console import quiet
 from ..errors import UserError
 from ..files import read_json, write_json
 from ..run import Run
-from .blocks import BASE, OURS, Result
 
 if TYPE_CHECKING:
     from ..data.prepared import PreparedData
@@ -68,7 +68,7 @@ def _results(
     run: Run, recipe: Recipe, data: PreparedData, split: str, found: Model
 ) -> dict[str, Any]:
     from ..models.build import load_model, open_task
-    from .measure import measure
+    from .measure import measure, reference
 
     task = open_task(recipe, found)
     model = load_model(found, task)
@@ -76,6 +76,8 @@ def _results(
     dataset = task.processor.dataset(data.split(split))
     subjects = [(OURS, model)] + ([(BASE, base)] if base is not None else [])
     batch = recipe.training.micro_batch
+    if task.needs_reference:
+        dataset.reference = reference(task, base, dataset, batch=batch)
     sums = [measure(task, subject, dataset, batch=batch) for _, subject in subjects]
     measured: Sequence[Result] = [
         {
@@ -86,7 +88,7 @@ def _results(
         }
         for (name, _), total in zip(subjects, sums, strict=True)
     ]
-    examined = task.examine(model, base, data, split, measured)
+    examined = task.examine(model, base, data, split, measured, sums[0])
     return {
         "task": data.task,
         "split": split,

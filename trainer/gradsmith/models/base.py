@@ -19,12 +19,12 @@ from ..console import say
 from ..data.processor import PROCESSOR_FILES
 from ..errors import UserError
 from ..files import building, file_entry, files_in, fingerprint_of, is_run, write_json
+from ..gguf import find_gguf, unpack
 from ..reading import read_json
 from ..recipe import Recipe
 from ..run import Run
 from ..shapes import AdapterConfig, State
 from .folder import check_weights
-from .gguf import find_gguf, unpack
 
 FORMAT = "gradsmith-base-1"
 KEPT = {".safetensors", ".json", ".jinja", ".model", ".txt"}

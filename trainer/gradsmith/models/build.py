@@ -10,6 +10,7 @@ import torch
 
 from ..data.processor import processor_class
 from ..errors import UserError
+from ..gguf import find_gguf, forget_quantization, place
 from ..hub import hub_name
 from ..ranks import device
 from ..reading import reading
@@ -20,7 +21,6 @@ from ..tasks.task import Task
 from .base import Model, adapter_base, base_of, open_model
 from .config import config_of
 from .folder import check_weights, check_whole_model, is_adapter, load_config
-from .gguf import find_gguf, forget_quantization, place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -144,8 +144,8 @@ def _vocab_size(recipe: Recipe) -> int | None:
 
 def _config_from(model: Model) -> Any:
     """The config of the model at `model.from`, after a look at its weights."""
+    from ..gguf import find_gguf
     from .folder import check_whole_model, load_config
-    from .gguf import find_gguf
 
     if find_gguf(model.place) is None:
         if Path(model.place).is_dir():

@@ -92,11 +92,9 @@ class Variant(Node):
     def __get_pydantic_json_schema__(
         cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
-        family = cls.variants()
-        if cls not in family.values():
-            options = [handler(other.__pydantic_core_schema__) for other in family.values()]
-            return {"oneOf": options, "discriminator": {"propertyName": "name"}}
-        schema = handler(core_schema)
-        if cls is not next(iter(family.values())):
-            handler.resolve_ref_schema(schema).setdefault("required", []).append("name")
-        return schema
+        if cls in cls.variants().values():
+            return handler(core_schema)
+        options = [handler(option.__pydantic_core_schema__) for option in cls.variants().values()]
+        for option in options[1:]:  # without a name it is the first one
+            option["required"] = ["name", *option.get("required", [])]
+        return {"oneOf": options, "discriminator": {"propertyName": "name"}}

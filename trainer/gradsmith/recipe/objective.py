@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Annotated, Literal, Self, cast
+from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from ..errors import did_you_mean
+from ..reading import describe
 from .node import Fraction, Node, NotNegative, PositiveFloat, Variant
 
 
@@ -18,6 +21,27 @@ class ClassificationObjective(Node):
         description="what a row of each class counts; balanced: rows / (classes x its rows)",
     )
     label_smoothing: Fraction = 0.0
+
+    @field_validator("class_weights", mode="before")
+    @classmethod
+    def _one_of_its_kinds(cls, value: Any) -> Any:
+        """Said here, for pydantic has a complaint from each kind that a value could have been.
+        Labels that are numbers in the YAML are text, as they are in the data."""
+        if value is None or value == "balanced":
+            return value
+        if not isinstance(value, dict) or not value:
+            near = did_you_mean(value, ["balanced"]) if isinstance(value, str) else ""
+            raise ValueError(
+                f"found {describe(value)}; allowed are balanced, and a mapping of labels to "
+                f"numbers above 0.{near}"
+            )
+        for label, weight in value.items():
+            number = isinstance(weight, int | float) and not isinstance(weight, bool)
+            if not number or not 0 < weight < math.inf:
+                raise ValueError(f"{label}: found {describe(weight)}; allowed are numbers above 0")
+            if isinstance(label, bool) or not isinstance(label, str | int):
+                raise ValueError(f"found the label {describe(label)}; allowed are text and numbers")
+        return {str(label): float(weight) for label, weight in value.items()}
 
 
 class Preference(Variant):

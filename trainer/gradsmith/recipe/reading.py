@@ -172,7 +172,7 @@ def _node_at(loc: Sequence[Any], tree: Any) -> type[Node]:
         if field:
             node = next(_nodes_of(field.annotation), node)
             if issubclass(node, Variant):
-                node = node.chosen(tree or {}) or node
+                node = node.chosen(tree if isinstance(tree, dict) else {}) or node
     return node
 
 

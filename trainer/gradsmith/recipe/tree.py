@@ -179,6 +179,16 @@ class PreferenceRecipe(Recipe):
     data: PairData
     objective: SerializeAsAny[Preference] = DPO()
 
+    @model_validator(mode="after")
+    def _something_to_compare_with(self) -> PreferenceRecipe:
+        name = self.objective.name
+        if self.model.from_ is None:
+            raise ValueError(
+                f"model.from: a preference is learned by a model that can answer already, and "
+                f"{name} starts from one; set model.from instead of model.architecture"
+            )
+        return self
+
 
 RECIPES: dict[str, type[Recipe]] = {
     "language_modeling": LanguageModelingRecipe,

@@ -1,4 +1,4 @@
-"""Blocks as HTML: six kinds of figures, whatever they are about (gradsmith.evaluation.blocks)."""
+"""Blocks as HTML: six kinds of figures, whatever they are about (gradsmith.blocks)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
-from ..evaluation.blocks import Metric
+from ..blocks import Metric
 from . import plots
 from .page import Html, el, join
 
@@ -136,7 +136,8 @@ def matrix(block: dict[str, Any]) -> Html:
                 f"{block['row_title']} {name}, {block['column_title']} {column}: "
                 f"{shown(value, ',.6g')}, {share:.1%} of the row"
             )
-            kinds = ["wrong"] * (same and i != j) + ["strong"] * (share > 0.7)
+            kinds = ["wrong"] * (same and i != j)
+            kinds += ["half"] * (share > 0.5) + ["strong"] * (share > 0.75)  # for the text
             cells.append(
                 el(
                     "td",

@@ -15,8 +15,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..blocks import BASE, Metric
 from ..errors import UserError
-from ..evaluation.blocks import BASE, Metric
 from ..files import replacing
 from ..reading import read_json
 from ..run import Run

@@ -208,6 +208,9 @@ th:last-child, td:last-child { padding-right: 0; }
   background: color-mix(in srgb, var(--ember) calc(var(--share, 0) * 100%), var(--grid));
 }
 .matrix tbody td.strong { color: var(--card); }
+@media (prefers-color-scheme: dark) {
+  .matrix tbody td.half { color: var(--card); }
+}
 .matrix.dense { font-size: 9.5px; }
 .matrix tbody tr td:last-child { min-width: 42px; overflow-wrap: normal; }
 .matrix.dense tbody tr td { height: 18px; min-width: 19px; max-width: 19px; }
@@ -256,7 +259,7 @@ footer { color: var(--soft); font-size: 13px; padding-top: 46px; padding-bottom:
 @media (max-width: 560px) {
   main, header, footer { padding-left: 16px; padding-right: 16px; }
   header { padding-top: 26px; }
-  .tile.first { grid-column: auto; }
+  .tile.first { grid-column: 1 / -1; }
   .bar { display: none; }
   td, th { padding-right: 10px; }
 }

@@ -10,7 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from ..evaluation.blocks import Metric
+from ..blocks import Metric
 from .blocks import shown
 
 SAMPLES, LINES = 2, 6  # as many samples, and lines of each text; the report has them whole

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 TASKS = {
     "language_modeling": "language_modeling:LanguageModeling",
     "chat": "language_modeling:Chat",
+    "text_classification": "classification:TextClassification",
+    "preference": "preference:Preference",
 }
 """data.task -> where its class is, below gradsmith.tasks; imported on use."""
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..evaluation.blocks import Bars, Block, Chart, Line, Matrix, Table
+from ..blocks import Bars, Block, Chart, Line, Matrix, Table
 from .metrics import ClassificationSums, RegressionSums, wilson_interval
 
 LEGIBLE = 50  # classes in a confusion matrix; of more, the most frequent mistakes are listed

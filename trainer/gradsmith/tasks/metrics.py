@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..evaluation.blocks import Metric
+from ..blocks import Metric
 
 MOST_CLASSES = 200  # above, the confusion matrix is kept as three counts a class
 CALIBRATION_BINS = 15
@@ -58,20 +58,22 @@ class ClassificationSums:
 
     Args:
         classes: C, at least 2.
-        bins: of a class's histogram, between -20 and 20. Not kept above `MOST_CLASSES` classes.
+        bins: of a class's histogram, between -20 and 20; by default 1000, and above 20 classes
+            20,000 / C, so that the sums stay small. Not kept above `MOST_CLASSES` classes.
     """
 
-    def __init__(self, classes: int, bins: int = 1000):
+    def __init__(self, classes: int, bins: int | None = None):
         if classes < 2:
             raise ValueError(f"classes: found {classes}; a classification has at least 2")
-        self.classes, self.bins = classes, bins
+        self.classes = classes
+        self.bins = bins or min(1000, 20_000 // classes)
         self.whole = classes <= MOST_CLASSES  # whether every pair of classes is counted
         self.scored = (1 if classes == 2 else classes) if self.whole else 0
         self._sizes = {
             "totals": 5,  # weight, nll, brier, correct, in the top 5
             "confusion": classes * classes if self.whole else 3 * classes,
             "calibration": 3 * CALIBRATION_BINS,
-            "scores": 2 * self.scored * bins,
+            "scores": 2 * self.scored * self.bins,
         }
 
     @property

@@ -18,10 +18,10 @@ from typing import Any, ClassVar
 
 import torch
 
+from ..blocks import Examination, Metric, Result
 from ..data.prepared import PreparedData
 from ..data.processor import Batch, Dataset, Processor
 from ..errors import UserError, did_you_mean
-from ..evaluation.blocks import Examination, Metric, Result
 from ..recipe import Recipe
 
 
@@ -142,7 +142,13 @@ class Task(ABC):
         """The metrics, by name, that follow from the added sums; NaN where nothing was counted."""
 
     def examine(
-        self, model: Any, base: Any, data: PreparedData, split: str, measured: Sequence[Result]
+        self,
+        model: Any,
+        base: Any,
+        data: PreparedData,
+        split: str,
+        measured: Sequence[Result],
+        sums: torch.Tensor,
     ) -> Examination:
         """What is worth knowing beside the metrics: baselines, figures, how to read the results.
 
@@ -152,6 +158,7 @@ class Task(ABC):
             data, split: what they were measured on.
             measured: what they reached: a result for the model, and one for its base if there is
                 one.
+            sums: the model's, float64 (M,).
         """
         return Examination(list(measured))
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...evaluation.blocks import Result
+from ...blocks import Result
 
 if TYPE_CHECKING:
     from ...data.prepared import PreparedData

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ...evaluation.blocks import Examination, Metric, Result
+from ...blocks import Examination, Metric, Result
 
 if TYPE_CHECKING:
     from ...data.prepared import PreparedData

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...evaluation.blocks import Part, Samples
+from ...blocks import Part, Samples
 from ...recipe import TextRecipe
 from .generate import Prompt, complete, encode_prompt, encode_text
 

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ...blocks import Examination, Metric, Result
 from ...data.packing import IGNORED
 from ...data.prepared import PreparedData
 from ...data.processor import Batch, Dataset
 from ...data.text import TextProcessor
 from ...errors import UserError
-from ...evaluation.blocks import Examination, Metric, Result
 from ...recipe import TextRecipe
 from ..task import Task
 
@@ -155,7 +155,13 @@ class LanguageModeling(Task):
         return summarize(sums)
 
     def examine(
-        self, model: Any, base: Any, data: PreparedData, split: str, measured: Sequence[Result]
+        self,
+        model: Any,
+        base: Any,
+        data: PreparedData,
+        split: str,
+        measured: Sequence[Result],
+        sums: torch.Tensor,
     ) -> Examination:
         from .examine import examine
 

@@ -7,8 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..console import quiet, say
-from ..errors import UserError
+from .console import quiet, say
+from .errors import UserError
 
 
 def find_gguf(name: str | Path) -> Path | None:
