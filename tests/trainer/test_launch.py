@@ -12,51 +12,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
+from conftest import start, write_project
 
 from gradsmith.__main__ import main
 from gradsmith.errors import UserError
 from gradsmith.launch import physical_cores, read_hostfile
-
-TINY: dict[str, Any] = {
-    "name": "tiny",
-    "output": "run",
-    "data": {
-        "sources": [{"kind": "text", "path": "texts"}],
-        "split": {"validation": 0.2, "test": 0.0},
-        "tokenizer": {"train": {"vocab_size": 300}},
-        "sequence_length": 32,
-    },
-    "model": {
-        "architecture": "llama",
-        "config": {
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-        },
-    },
-    "training": {
-        "steps": 2,
-        "global_batch": 4,
-        "micro_batch": 2,
-        "precision": "fp32",
-        "optimizer": {"lr": 1e-3},
-    },
-}
 
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
-    (tmp_path / "texts").mkdir()
-    for number in range(20):
-        (tmp_path / "texts" / f"{number}.txt").write_text(f"This is number {number}.\n" * 8)
+    write_project(tmp_path, "tiny.yaml", **{"data.split.test": 0.0})
     (tmp_path / "hosts").write_text("# two machines\nnode0 slots=1\n\nnode1 slots=1\n")
     return tmp_path
 
@@ -413,16 +382,6 @@ def test_a_working_directory_with_a_space_is_no_place_for_a_hostfile(
 # ------------------------------------------------------------------------------ real processes
 
 
-def gradsmith(*arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "gradsmith", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     out, err = process.communicate(timeout=240)
     return process.returncode, out, err
@@ -438,7 +397,7 @@ def world(run: Path) -> int:
 
 
 def test_two_ranks_and_two_nodes_train_alike(here: Path) -> None:
-    code, _, err = finish(gradsmith("launch", "--nproc", "2", "tiny.yaml", "output=one-node"))
+    code, _, err = finish(start("launch", "--nproc", "2", "tiny.yaml", "output=one-node"))
     assert code == 0, err
 
     with socket.socket() as free:
@@ -446,7 +405,7 @@ def test_two_ranks_and_two_nodes_train_alike(here: Path) -> None:
         port = free.getsockname()[1]
     where = ["--nnodes", "2", "--nproc", "1", "--master", f"127.0.0.1:{port}"]
     nodes = [
-        gradsmith("launch", *where, "--node-rank", rank, "tiny.yaml", "output=two-nodes")
+        start("launch", *where, "--node-rank", rank, "tiny.yaml", "output=two-nodes")
         for rank in ("0", "1")
     ]
     for code, _, err in map(finish, nodes):
@@ -459,7 +418,7 @@ def test_two_ranks_and_two_nodes_train_alike(here: Path) -> None:
 def test_deepspeeds_launcher_trains_on_a_hostfile(here: Path) -> None:
     (here / "hosts").write_text("localhost slots=2\n")
     alone = ["--no_ssh_check", "--master_addr", "127.0.0.1"]  # this machine may have no ssh
-    code, _, err = finish(gradsmith("launch", "--hostfile", "hosts", "tiny.yaml", "--", *alone))
+    code, _, err = finish(start("launch", "--hostfile", "hosts", "tiny.yaml", "--", *alone))
     assert code == 0, err
     provenance = json.loads((here / "run" / "provenance.json").read_text())
     assert provenance["threads"] == max(1, physical_cores() // 2)
@@ -469,7 +428,7 @@ def test_deepspeeds_launcher_trains_on_a_hostfile(here: Path) -> None:
 
 def test_a_wrong_recipe_ends_with_2_and_its_message_once(here: Path) -> None:
     code, out, err = finish(
-        gradsmith("launch", "--nproc", "2", "tiny.yaml", "model.config.hidden_sise=8")
+        start("launch", "--nproc", "2", "tiny.yaml", "model.config.hidden_sise=8")
     )
     assert code == 2, err
     assert out == ""
@@ -516,6 +475,6 @@ def test_how_a_rank_dies_is_told_without_a_stack_dump(
 
 
 def test_an_option_that_torchrun_does_not_know(here: Path) -> None:
-    code, _, err = finish(gradsmith("launch", "--nproc", "1", "tiny.yaml", "--", "--bogus"))
+    code, _, err = finish(start("launch", "--nproc", "1", "tiny.yaml", "--", "--bogus"))
     assert code == 2, err
     assert "torchrun does not understand the options after --" in err

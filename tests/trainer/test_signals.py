@@ -12,47 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-RECIPE = """
-name: tiny
-output: run
-data:
-  sources: [{kind: text, path: texts}]
-  split: {validation: 0.2, test: 0.0}
-  tokenizer: {train: {vocab_size: 300}}
-  sequence_length: 32
-model:
-  architecture: llama
-  config: {hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 4}
-training:
-  steps: 100000
-  global_batch: 4
-  micro_batch: 2
-  precision: fp32
-  checkpoint: {every: 100000}
-"""
+from conftest import start, write_project
 
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    Path("r.yaml").write_text(RECIPE)
-    Path("texts").mkdir()
-    for number in range(40):
-        Path("texts", f"{number}.txt").write_text(f"This is number {number} of forty.\n" * 8)
+    endless = {"training.steps": 100000, "training.checkpoint.every": 100000}
+    write_project(tmp_path, **endless, **{"data.split.test": 0.0})
     return tmp_path
-
-
-def start(*arguments: str, before: Callable[[], object] | None = None) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "gradsmith", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=before,
-        start_new_session=True,
-    )
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
