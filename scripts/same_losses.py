@@ -104,7 +104,8 @@ CASES: dict[str, dict[str, Any]] = {
         "evaluate": True,
     },
     "classes": {**CLASSES, "evaluate": True},
-    "pairs": {**PAIRS, "evaluate": True},
+    "pairs": {**TUNED, **PAIRS, "evaluate": True},
+    "pairs-kto": {**TUNED, **PAIRS, "objective": {"name": "kto"}},
     "zero0": {**BF16, "training.zero.stage": 0},
     "zero0-fp32": {"training.zero.stage": 0},
     "zero2": {**BF16, "training.zero.stage": 2},
@@ -124,7 +125,7 @@ CASES: dict[str, dict[str, Any]] = {
     "two-ranks-muon": {**optimizer("muon", 1e-2), "training.zero.stage": 1, "ranks": 2},
     "two-ranks-chat": {**CHAT, "data.packing": False, "training.zero.stage": 3, "ranks": 2},
 }
-NEEDS = {"tuned": "packed", "lora": "packed"}
+NEEDS = dict.fromkeys(("tuned", "lora", "pairs", "pairs-kto"), "packed")
 HERE = ("ranks", "steps", "evaluate")
 
 
@@ -288,7 +289,7 @@ def kept_folder(commit: str) -> Path:
     levels = {key: value for key, value in os.environ.items() if "ISA" in key or "CPU_CAP" in key}
     script = Path(__file__).read_bytes().hex()
     about = [script, platform.python_version(), *versions, sorted(levels.items())]
-    return KEPT / f"{commit[:12]}-{hashlib.sha256(repr(about).encode()).hexdigest()[:8]}"
+    return KEPT / commit[:12] / f"runs-{hashlib.sha256(repr(about).encode()).hexdigest()[:8]}"
 
 
 # ------------------------------------------------------------------------------------ comparing
@@ -371,11 +372,12 @@ def main() -> None:
     commit = git("rev-parse", "--verify", f"{options.base}^{{commit}}")
     base = kept_folder(commit)
     base.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as temporary, (base / "lock").open("w") as lock:
+    code = base.parent / "code"
+    with tempfile.TemporaryDirectory() as temporary, (base.parent / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another gate may be training BASE
-        check_out(commit, base / "code")
+        check_out(commit, code)
         sides = [
-            Side(commit[:9], base / "code", base),
+            Side(commit[:9], code, base),
             Side("the working tree", ROOT, Path(temporary)),
         ]
         threads = [

@@ -21,7 +21,6 @@ import pkgutil
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -162,16 +161,16 @@ class Op:
 
 
 def op_names() -> list[str]:
-    """Every op: the folders of this package."""
-    folder = str(Path(__file__).parent)
-    return sorted(module.name for module in pkgutil.iter_modules([folder]) if module.ispkg)
+    """Every op: the folders of ops/, but for what they share."""
+    found = pkgutil.iter_modules(importlib.import_module("gradsmith_kernels.ops").__path__)
+    return sorted(module.name for module in found if module.ispkg and module.name != "common")
 
 
 def availability() -> dict[str, dict[str, str | None]]:
     """The table op -> backend -> why it cannot run here (None: it can)."""
     table = {}
     for name in op_names():
-        op: Op = importlib.import_module(f"gradsmith_kernels.{name}.op").OP
+        op: Op = importlib.import_module(f"gradsmith_kernels.ops.{name}.op").OP
         table[name] = {backend: op.missing(backend) for backend in BACKENDS}
     return table
 
@@ -190,7 +189,7 @@ def native() -> dict[str, Any] | None:
 
 def chosen(name: str, device: str, dtype: torch.dtype = torch.float32) -> str:
     """The backend that op `name` takes on `device` for `dtype` when none is asked for."""
-    op: Op = importlib.import_module(f"gradsmith_kernels.{name}.op").OP
+    op: Op = importlib.import_module(f"gradsmith_kernels.ops.{name}.op").OP
     return op.resolve(None, device, dtype)
 
 

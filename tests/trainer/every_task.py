@@ -16,6 +16,8 @@ CONFIG = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
 }
+# Another micro-batch draws other masks.
+WITHOUT_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 TRAINING = {
     "steps": 4,
     "global_batch": 8,
@@ -100,7 +102,7 @@ def recipes(folder: Path, base: Path) -> dict[str, dict[str, Any]]:
                 "sources": source("labelled"),
                 "tokenizer": tokenizer,
             },
-            model={"architecture": "bert", "config": CONFIG},
+            model={"architecture": "bert", "config": {**CONFIG, **WITHOUT_DROPOUT}},
             objective={"class_weights": "balanced", "label_smoothing": 0.1},
         ),
         "preference": recipe(

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
+from gradsmith.blocks import Metric
 from gradsmith.console import TrainingProgress
-from gradsmith.evaluation.blocks import Metric
 
 METRICS = (Metric("loss", "Loss"), Metric("f1", "F1", "", True, ".1%"), Metric("hue", "Hue error"))
 

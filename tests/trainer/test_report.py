@@ -244,6 +244,21 @@ def test_results_of_an_earlier_step_are_said_to_be_that(tmp_path):
         assert ("Evaluated at step 30" in build([run], tmp_path)[1].text) == warned
 
 
+def test_results_of_the_best_step_are_no_old_ones(tmp_path):
+    run = make_run(tmp_path / "a", steps=40)
+    write_json(run.evaluation_path, {**read_json(run.evaluation_path), "step": 30})
+    folder = run.checkpoints / "step-000040"
+    folder.mkdir(parents=True)
+    best = {"metric": "loss", "value": 1.5, "step": 30, "since": 1}
+    for found in (best, {**best, "step": 20}):
+        write_json(folder / "state.json", {"step": 40, "best": found})
+        text = build([run], tmp_path)[1].text
+        assert ("Of step 30, the best of the run by its validation loss." in text) == (
+            found["step"] == 30
+        )
+        assert ("Evaluated at step 30" in text) == (found["step"] != 30)
+
+
 def test_steps_without_a_finite_loss_are_said_and_interrupt_the_line(tmp_path):
     run = make_run(tmp_path / "a", steps=40)
     for step, value in ((41, math.nan), (42, None), (43, math.inf), (44, 2.0)):
@@ -493,4 +508,5 @@ def test_a_report_follows_from_the_metrics_definitions(tmp_path):
                      "Higher F2 is better. Of 872 images.", *(f"A {kind}" for kind in BLOCKS),
                      "dashed: baselines on the test split"):  # fmt: skip
         assert expected in page.text, expected
-    assert page.text.index("forest (100 trees)") < page.text.index("majority"), "the best first"
+    table = page.text[page.text.index("Results") :]
+    assert table.index("forest (100 trees)") < table.index("majority"), "the best first"

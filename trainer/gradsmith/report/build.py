@@ -20,7 +20,7 @@ from ..errors import UserError
 from ..files import replacing
 from ..reading import read_json
 from ..run import Run
-from ..shapes import DataSummary, Evaluation, Provenance
+from ..shapes import DataSummary, Evaluation, Provenance, State
 from . import blocks
 from .page import Html, el, join, page
 from .plots import Chart, Series, draw, is_finite, label, smooth
@@ -87,6 +87,10 @@ class _Contents:
         self.evaluation = _read(run.evaluation_path, Evaluation)
         self.provenance = _read(run.provenance_path, Provenance)
         self.manifest = _read(run.data / "manifest.json", DataSummary)
+        self.best: dict[str, Any] = {}  # {metric, step} of the best checkpoint, where it is kept
+        for _, newest in run.steps()[:1]:
+            with contextlib.suppress(UserError):  # a damaged one, which is said elsewhere
+                self.best = _read(newest / "state.json", State).get("best") or {}
         self.unit: str = self.provenance.get("unit") or "tokens"
         stored = self.provenance.get("metrics") or []
         self.metrics = [Metric.read(entry) for entry in stored] or list(EARLIER)
@@ -167,7 +171,7 @@ def _warnings(c: _Contents) -> list[str]:
     elif c.evaluation and not c.results:
         out.append("Evaluated by an earlier version: gradsmith evaluate shows its results here.")
     step = c.evaluation.get("step")
-    if step is not None and c.train and step < c.train[-1]["step"]:
+    if step is not None and c.train and step < c.train[-1]["step"] and step != c.best.get("step"):
         out.append(
             f"Evaluated at step {step:,}, but trained on since, to step {c.train[-1]['step']:,}: "
             "gradsmith evaluate brings the results up to date."
@@ -239,6 +243,9 @@ def _results(c: _Contents) -> Html | None:
     first = c.definitions[0]
     better = "Higher" if first.greater_is_better else "Lower"
     note = f"{better} {first.words} is better. "
+    step = c.evaluation.get("step")
+    if step is not None and step == c.best.get("step"):
+        note += f"Of step {step:,}, the best of the run by its validation {c.best['metric']}. "
     return join(
         [
             el("h3", "Results"),
@@ -276,12 +283,13 @@ def _curves(c: _Contents) -> Html | None:
     ]
     small = [*(_metric_chart(c, m) for m in named if m not in large), *small]
     for chart in small:
-        chart.width, chart.height = (340, 215) if len(small) < 4 else (270, 190)
+        chart.width, chart.height = (270, 190) if len(small) == 4 else (340, 215)
+    many = " many" if len(small) > 4 else ""
     return join(
         [
             el("h3", "Curves"),
             el("div", [draw(_metric_chart(c, m)) for m in large], class_="charts two"),
-            el("div", [draw(chart) for chart in small], class_="charts three"),
+            el("div", [draw(chart) for chart in small], class_=f"charts three{many}"),
         ]
     )
 

@@ -116,6 +116,7 @@ nav a:hover { text-decoration: underline; }
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 400px), 1fr)); align-items: start;
 }
 .charts.three { grid-template-columns: repeat(auto-fit, minmax(min(100%, 230px), 1fr)); }
+.charts.many { grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); }
 .chart { margin: 0; padding: 14px 14px 8px; position: relative; }
 .chart figcaption { font-weight: 620; font-size: 14px; }
 .chart figcaption span { color: var(--soft); font-weight: 400; margin-left: 6px; font-size: 13px; }

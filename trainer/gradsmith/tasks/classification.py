@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..data.labelled import LabelledTextProcessor
+from ..blocks import Block, Examination, Result
+from ..data.labelled import LabelledSplit, LabelledTextProcessor
 from ..data.prepared import PreparedData
 from ..data.processor import Batch
-from ..evaluation.blocks import Examination, Result
 from ..recipe import Recipe
 from .figures import classification_blocks
 from .metrics import CLASSIFICATION_METRICS, ClassificationSums
 from .task import Task
+
+BATCH, LISTED = 64, 10
 
 
 class Classification(Task):
@@ -129,12 +132,91 @@ class TextClassification(Classification):
             **self.head(),
         }
 
+    def examine(
+        self,
+        model: Any,
+        base: Any,
+        data: PreparedData,
+        split: str,
+        measured: Sequence[Result],
+        sums: torch.Tensor,
+    ) -> Examination:
+        found = super().examine(model, base, data, split, measured, sums)
+        held_out = data.split(split)
+        linear = self._linear(data, held_out)
+        if linear is None:
+            found.note += " Logistic regression on TF-IDF needs: pip install 'gradsmith[table]'."
+        else:
+            found.results.append(linear)
+            found.note += (
+                " TF-IDF + logistic regression reads words and pairs of words of the same rows."
+            )
+        found.blocks.append(self._surest_mistakes(model, held_out))
+        return found
+
+    @classmethod
+    def examined(cls, recipe: Any, split: str) -> tuple[str, ...]:
+        return (split, "train")
+
+    def _texts(self, split: LabelledSplit) -> list[str]:
+        rows = (split.row(i)["tokens"] for i in range(len(split)))
+        return [
+            self.processor.tokenizer.decode(row.tolist(), skip_special_tokens=True) for row in rows
+        ]
+
+    def _linear(self, data: PreparedData, held_out: LabelledSplit) -> Result | None:
+        """Logistic regression on TF-IDF of words and pairs of words; None without scikit-learn."""
+        try:
+            from sklearn.feature_extraction.text import TfidfVectorizer
+            from sklearn.linear_model import LogisticRegression
+        except ImportError:
+            return None
+        train = data.split("train")
+        vectorizer = TfidfVectorizer(ngram_range=(1, 2), min_df=1, sublinear_tf=True)
+        model = LogisticRegression(C=10.0, max_iter=1000)
+        model.fit(vectorizer.fit_transform(self._texts(train)), np.asarray(train.label))
+        logp = model.predict_log_proba(vectorizer.transform(self._texts(held_out)))
+        target = torch.from_numpy(np.asarray(held_out.label, np.int64))
+        sums = self.sums.sums(torch.from_numpy(logp), target)
+        return {
+            "name": "TF-IDF + logistic regression",
+            "values": self.sums.summarize(sums),
+            "note": "words and pairs of words",
+        }
+
+    @torch.no_grad()
+    def _surest_mistakes(self, model: Any, held_out: LabelledSplit) -> Block:
+        """The rows that the model is surest of, and wrong."""
+        rows, device = self.processor.dataset(held_out), next(model.parameters()).device
+        wrong: list[tuple[float, int, str]] = []
+        for first in range(0, len(rows), BATCH):
+            batch = rows.batch(range(first, min(first + BATCH, len(rows)))).to(device)
+            answers = self.decode(self.outputs(model, batch))
+            for i, (answer, target) in enumerate(
+                zip(answers, batch.labels["target"].tolist(), strict=True)
+            ):
+                if answer["label"] != self.labels[target]:
+                    wrong.append((answer["scores"][answer["label"]], first + i, answer["label"]))
+        table: list[list[str | float | None]] = []
+        for score, i, label in sorted(wrong, reverse=True)[:LISTED]:
+            row = held_out.row(i)
+            text = self.processor.tokenizer.decode(row["tokens"].tolist(), skip_special_tokens=True)
+            table.append([text[:300], self.labels[int(row["label"])], label, score])
+        return {
+            "kind": "table",
+            "title": "The surest mistakes",
+            "columns": [
+                {"name": "Text"},
+                {"name": "Label"},
+                {"name": "Answer"},
+                {"name": "Probability", "format": ".1%"},
+            ],
+            "rows": table,
+        }
+
     def head(self) -> dict[str, Any]:
         # Decoders find a row's last token by it.
         return {**super().head(), "pad_token_id": self.processor.tokenizer.pad_token_id}
 
     def rows_in_words(self, rows: int) -> str:
         return f"{rows:,} texts of {len(self.labels)} classes"
-
-    def request(self, value: Any) -> dict[str, Any]:
-        return {"text": value if isinstance(value, str) else value["text"]}
