@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 
 from ..errors import UserError, did_you_mean
+from ..files import write_json
 from ..reading import read_json
 from ..shapes import LabelledProcessor
 from .columns import Column, Columns
@@ -163,7 +163,7 @@ class LabelledTextProcessor(Processor):
     def save_pretrained(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)
         settings = {"classes": self.classes, "longest": self.longest}
-        (folder / "processor.json").write_text(json.dumps(settings, indent=1))
+        write_json(folder / "processor.json", settings)
 
     @classmethod
     def from_pretrained(cls, folder: Path, recipe: Any) -> Self:

@@ -6,7 +6,6 @@ longest of them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 
 from ..errors import UserError
+from ..files import write_json
 from ..reading import read_json
 from ..shapes import PairSettings
 from .chat import render
@@ -216,7 +216,7 @@ class PairProcessor(Processor):
     def save_pretrained(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)
         settings = {"longest": self.longest, "system": self.system}
-        (folder / "processor.json").write_text(json.dumps(settings, indent=1))
+        write_json(folder / "processor.json", settings)
 
     @classmethod
     def from_pretrained(cls, folder: Path, recipe: Any) -> Self:

@@ -78,7 +78,7 @@ def _export(task: Task, model: Model, out: Path, form: Form | None) -> float:
         difference = _compare(task, ours, _reload(task, scratch))
         if not difference <= bound:  # a NaN must not pass
             raise RunError(
-                f"{out}: not written: read back, its outputs differ from the run's by "
+                f"{out}: not written: read back, its logits differ from the run's by "
                 f"{difference:.2e} relative to their norm; allowed are {bound:.0e}"
             )
     return difference
