@@ -10,6 +10,7 @@
 #include <cstring>
 
 #include "attention/attention_cpu.h"
+#include "augment/augment_bindings.h"
 #include "common/column_sums.h"
 #include "common/cpu.h"
 #include "common/parallel.h"
@@ -332,4 +333,5 @@ PYBIND11_MODULE(_native, m) {
   m.def("scale_rows", scale_rows_binding, no_gil);
 
   bind_plans(m);
+  bind_augment(m);
 }

@@ -150,18 +150,21 @@ class Op:
 
 
 def op_names() -> list[str]:
-    """Every op: the folders of this package."""
+    """Every op: the folders of this package, but augment, which is no function of tensors with a
+    gradient: its inputs are images of many sizes and a chain of transforms."""
     folder = str(Path(__file__).parent)
-    return sorted(module.name for module in pkgutil.iter_modules([folder]) if module.ispkg)
+    packages = {module.name for module in pkgutil.iter_modules([folder]) if module.ispkg}
+    return sorted(packages - {"augment"})
 
 
 def availability() -> dict[str, dict[str, str | None]]:
     """The table op -> backend -> why it cannot run here (None: it can)."""
-    table = {}
-    for name in op_names():
-        op: Op = importlib.import_module(f"gradsmith_kernels.{name}.op").OP
-        table[name] = {backend: op.missing(backend) for backend in BACKENDS}
-    return table
+    ops = {name: importlib.import_module(f"gradsmith_kernels.{name}.op").OP for name in op_names()}
+    ops["augment"] = importlib.import_module("gradsmith_kernels.augment.pipeline").OP
+    return {
+        name: {backend: op.missing(backend) for backend in BACKENDS}
+        for name, op in sorted(ops.items())
+    }
 
 
 def native() -> dict[str, Any] | None:

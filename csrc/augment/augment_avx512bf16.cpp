@@ -1,0 +1,3 @@
+#include "augment/augment_kernels.h"
+
+const AugmentKernels augment_avx512bf16 = AUGMENT_KERNELS;

@@ -1,0 +1,3 @@
+#include "augment/augment_kernels.h"
+
+const AugmentKernels augment_portable = AUGMENT_KERNELS;
