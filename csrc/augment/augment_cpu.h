@@ -29,6 +29,7 @@ void uniform_numbers(const uint64_t* places, int64_t count_of_places, uint64_t s
 void mix_pairs(char* images, int64_t pairs, int64_t elements, int dtype, const float* keep,
                int threads);
 
-// The two of a pair, [channels, height, width] each, exchange boxes[pair]: top, left, bottom, right.
+// The two of a pair, [channels, height, width] each, exchange boxes[pair]: top, left, bottom and
+// right.
 void swap_boxes(char* images, int64_t pairs, int64_t channels, int64_t height, int64_t width,
                 int64_t element_size, const int64_t* boxes, int threads);

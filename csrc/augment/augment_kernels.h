@@ -213,7 +213,8 @@ void store_row(const float* plane, int64_t width, void* to, int dtype) {
 
 template <class D>
 inline void mix_as(void* x, void* y, float keep, int64_t elements) {
-  typename D::T *const a = static_cast<typename D::T*>(x), *const b = static_cast<typename D::T*>(y);
+  typename D::T* const a = static_cast<typename D::T*>(x);
+  typename D::T* const b = static_cast<typename D::T*>(y);
   const Vec own = splat(keep), other = splat(1 - keep);
   each_vector(elements, [&](int64_t i, int64_t n) ALWAYS_INLINE {
     const Vec u = load<D>(a + i, n), v = load<D>(b + i, n);

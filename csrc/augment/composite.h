@@ -26,7 +26,9 @@ class Composite {
     if (fills && (frames == kMostFrames || (frames && !std::equal(fill, fill + 3, p + 13))))
       return false;
     // What shrinks and turns: the shrinking goes first, along the axes and with its own filter.
-    if (!fresh && !aligned(next) && (shrinks(m) || shrinks(next))) return false;
+    const double h = double(height_), w = double(width_);
+    if (!fresh && !aligned(next) && (shrinks(m, h, w) || shrinks(next, p[9], p[10])))
+      return false;
     for (int k = 0; k < frames; ++k) {
       double moved[9];
       multiply(frame[k].m, p, moved);
@@ -50,7 +52,7 @@ class Composite {
   int64_t height() const { return height_; }
   int64_t width() const { return width_; }
   bool aligned() const { return aligned(m); }
-  float half_width() const { return float(shrink(m)); }
+  float half_width() const { return float(shrink(m, double(height_), double(width_))); }
   bool projective() const { return m[6] != 0 || m[7] != 0; }
 
   double m[9] = {1, 0, 0, 0, 1, 0, 0, 0, 1};
@@ -73,12 +75,18 @@ class Composite {
         to[3 * i + j] = a[3 * i] * b[j] + a[3 * i + 1] * b[3 + j] + a[3 * i + 2] * b[6 + j];
   }
 
-  // How far the map shrinks, at least 1: for what is not aligned, in the mean of both directions.
-  static double shrink(const double* m) {
-    return std::max(1.0, std::sqrt(std::abs(m[0] * m[4] - m[1] * m[3])));
+  // How far the map shrinks in the middle of its output, in the mean of both directions: 1 or more.
+  static double shrink(const double* m, double height, double width) {
+    const double x = width / 2, y = height / 2, w = m[6] * x + m[7] * y + m[8];
+    const double u = (m[0] * x + m[1] * y + m[2]) / w, v = (m[3] * x + m[4] * y + m[5]) / w;
+    const double a = m[0] - u * m[6], b = m[1] - u * m[7];
+    const double c = m[3] - v * m[6], d = m[4] - v * m[7];
+    return std::max(1.0, std::sqrt(std::abs(a * d - b * c)) / std::abs(w));
   }
-  static bool shrinks(const double* m) {
-    return std::max({shrink(m), std::abs(m[0]) * aligned(m), std::abs(m[4]) * aligned(m)}) >
+  // Whether it does at all: what does not turn, along either axis.
+  static bool shrinks(const double* m, double height, double width) {
+    const bool axes = aligned(m);
+    return std::max({shrink(m, height, width), std::abs(m[0]) * axes, std::abs(m[4]) * axes}) >
            1 + 1e-6;
   }
 

@@ -182,7 +182,8 @@ inline void one_pixel(const AugmentMap& a, const AugmentScratch& scratch, int64_
   for (int channel = 0; channel < a.channels; ++channel) {
     const uint8_t* p = s.at + scratch.offsets[i] + channel * s.plane;
     const uint8_t* q = p + s.pixel;
-    const int sum = (p[0] * top + p[s.row] * bottom) * left + (q[0] * top + q[s.row] * bottom) * right;
+    const int first = p[0] * top + p[s.row] * bottom, second = q[0] * top + q[s.row] * bottom;
+    const int sum = first * left + second * right;
     planes[channel][i] = float(sum) * kBilinearScale;
   }
 }
@@ -230,11 +231,11 @@ inline void map_row(const AugmentMap& a, int64_t row, const AugmentScratch& scra
                     float* const* planes) {
   const Vec steps = __builtin_convertvector(lane_numbers(), Vec);
   const bool nearest = a.interpolation == kNearest;
-  const float inset = nearest ? 0.0f : 0.5f, beyond = nearest ? 0.5f : 0.5f;
+  const float inset = nearest ? 0.0f : 0.5f;
   for (int64_t x = 0; x < a.width; x += kLanes) {
     const Points p = points_at(a.m, a.projective, row, x, steps);
-    store<F32>(scratch.x + x, clamped(p.x, float(a.x0) + inset, float(a.x1) - beyond));
-    store<F32>(scratch.y + x, clamped(p.y, float(a.y0) + inset, float(a.y1) - beyond));
+    store<F32>(scratch.x + x, clamped(p.x, float(a.x0) + inset, float(a.x1) - 0.5f));
+    store<F32>(scratch.y + x, clamped(p.y, float(a.y0) + inset, float(a.y1) - 0.5f));
   }
   if (nearest)
     nearest_pixels(a, scratch, planes);

@@ -79,7 +79,8 @@ ALWAYS_INLINE inline void mix_blocks(const uint8_t* const* rows, const uint16_t*
   for (; x + kBytes <= bytes; x += kBytes)
     store_block(to + x, mixed_block<kSigns>(rows, w, taps, x));
   // The last one begins earlier rather than read beyond the row.
-  if (x < bytes) store_block(to + bytes - kBytes, mixed_block<kSigns>(rows, w, taps, bytes - kBytes));
+  const int64_t last = bytes - kBytes;
+  if (x < bytes) store_block(to + last, mixed_block<kSigns>(rows, w, taps, last));
 }
 #endif
 
@@ -247,6 +248,10 @@ inline void axes_row(const AugmentAxes& a, int64_t row, const AugmentScratch& sc
   }
   if (interleaved) separate(scratch.row, a.columns.count, scratch.planes);
   mix_columns(a.columns, a.channels, a.width, scratch.planes, planes);
+  if (a.with_signs)  // bicubic overshoots
+    for (int channel = 0; channel < a.channels; ++channel)
+      for (int64_t x = 0; x < a.width; x += kLanes)
+        store<F32>(planes[channel] + x, within_bytes(load<F32>(planes[channel] + x)));
   if (a.covered)
     for (int channel = 0; channel < a.channels; ++channel)
       cover_row(a.cover_x, a.cover_y[row], a.fill[channel], a.width, planes[channel]);

@@ -125,8 +125,9 @@ def test_resized_crops(backend, how):
 def test_perspective():
     from gradsmith_kernels.augment.geometry import corners_to_matrix
 
-    start = [[0, 0], [99, 0], [99, 74], [0, 74]]
-    end = [[11, 7], [90, 3], [83, 70], [4, 66]]
+    # It enlarges: where it shrinks, theirs aliases.
+    start = [[11, 7], [90, 3], [83, 70], [4, 66]]
+    end = [[1, 0], [99, 2], [99, 74], [0, 74]]
     as_arrays = [[(np.asarray([x]), np.asarray([y])) for x, y in p] for p in (end, start)]
     matrix = corners_to_matrix(*as_arrays, np.ones(1, bool))
 

@@ -79,7 +79,7 @@ class _Sometimes(Transform):
     """One step with probability p."""
 
     kind = "pixel"
-    names_of_settings = ("p",)
+    names_of_settings: tuple[str, ...] = ("p",)
 
     def __init__(self, p: float) -> None:
         self.p = probability(type(self).__name__, p)

@@ -264,7 +264,7 @@ def turned(
     translate: tuple[Any, Any] = (0, 0),
     scale: Any = 1,
     shear: tuple[Any, Any] = (0, 0),
-    center: tuple[float, float] | None = None,
+    center: tuple[Any, Any] | None = None,
 ) -> Floats:
     """(B, 3, 3), output -> input, of torchvision's affine: clockwise degrees, pixels (x, y)."""
     rot, sx, sy = (np.radians(np.broadcast_to(v, program.images)) for v in (angle, *shear))

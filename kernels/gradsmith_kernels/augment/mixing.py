@@ -172,7 +172,7 @@ class CutMix(_Mix):
             boxes = np.ascontiguousarray(boxes)
             _native.augment_swap_boxes(
                 images.data_ptr(),
-                tuple(images.shape),
+                (len(images), images.shape[1], height, width),
                 images.element_size(),
                 boxes.ctypes.data,
                 torch.get_num_threads(),

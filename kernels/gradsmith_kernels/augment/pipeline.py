@@ -222,7 +222,7 @@ def _checked(images: Images, giver: str | None = None) -> Any:
         raise TypeError(f"{owner}: images must be a tensor or a list, not {type(images).__name__}")
     if not images:
         raise ValueError(f"{owner}: an empty list of images has no channels: pass a tensor")
-    tensors = []
+    tensors: list[Tensor] = []
     for i, image in enumerate(images):
         who = f"{owner}: image {i}"
         if isinstance(image, np.ndarray):
@@ -360,8 +360,9 @@ def _follow(followers: dict[str, Any], program: Program, backend: str) -> None:
             None,
             targets.geometry_only(ops, parameters),
         )
-        stacked = isinstance(masks, Tensor)
-        followers["masks"] = masks[:, 0] if stacked else [m[0] for m in masks]
+        followers["masks"] = [m[0] for m in masks]
+        if isinstance(masks, Tensor):
+            followers["masks"] = masks[:, 0]
     if "boxes" in followers:
         followers["boxes"] = targets.moved_boxes(
             followers["boxes"], maps, program.height, program.width

@@ -46,7 +46,8 @@ def uniform_numbers_in_numpy(
     low, high = places & np.uint64(0xFFFFFFFF), places >> np.uint64(32)
     block = np.arange(blocks, dtype=np.uint64)
     words = philox(low[:, None], high[:, None], np.uint64(stream), block[None, :], seed)
-    return (words.reshape(len(places), -1)[:, :count] + 0.5) / 2.0**32
+    numbers = words.reshape(len(places), -1)[:, :count].astype(np.float64)
+    return (numbers + 0.5) / 2.0**32
 
 
 def philox(a: Any, b: Any, c: Any, d: Any, seed: int) -> Words:
@@ -98,5 +99,5 @@ def gamma_numbers(u: npt.NDArray[np.float64], alpha: float) -> npt.NDArray[np.fl
     safe = np.where(v > 0, v, 1)
     taken = (v > 0) & (np.log(u[:, _TRIES : 2 * _TRIES]) < x * x / 2 + d * (1 - v + np.log(safe)))
     taken[:, -1] = True
-    drawn = d * safe[np.arange(len(u)), taken.argmax(1)]
+    drawn: npt.NDArray[np.float64] = d * safe[np.arange(len(u)), taken.argmax(1)]
     return drawn if alpha >= 1 else drawn * u[:, -1] ** (1 / alpha)

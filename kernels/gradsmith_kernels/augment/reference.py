@@ -88,7 +88,8 @@ class _State:
         after = self.matrix @ p[:9].reshape(3, 3)
         if _whole_pixels(self.matrix) or _aligned(after):
             return True
-        return max(_shrink(after), _shrink_along(self.matrix)) <= 1 + 1e-6
+        size = (p[9], p[10])
+        return max(_shrink(after, size), _shrink_along(self.matrix, self.size)) <= 1 + 1e-6
 
     def sample(self) -> None:
         """Does the geometry that is due."""
@@ -135,7 +136,7 @@ class _State:
         if self.interpolation == s.NEAREST:
             image = self.image[y.astype(np.int64), x.astype(np.int64)]
         else:
-            wide = _shrink(self.matrix)
+            wide = _shrink(self.matrix, self.size)
             wide = wide if wide > 1 + 1e-6 else 1.0
             image = self._filtered(x, y, wide)
         soft = self.interpolation != s.NEAREST
@@ -165,14 +166,18 @@ def _aligned(m: Floats) -> bool:
     return bool(max(abs(m[0, 1]), abs(m[1, 0])) < 1e-9 and m[2, 0] == 0 and m[2, 1] == 0)
 
 
-def _shrink(m: Floats) -> float:
-    """How far a map that turns shrinks, in the mean of both directions; at least 1."""
-    return max(1.0, float(abs(np.linalg.det(m[:2, :2]))) ** 0.5)
+def _shrink(m: Floats, size: Any) -> float:
+    """How far a map shrinks in the middle of its output, in the mean of both directions; at least
+    1: the root of the determinant of its derivative."""
+    u, v, w = (float(x) for x in m @ np.asarray([size[1] / 2, size[0] / 2, 1]))
+    derivative = (m[:2, :2] - np.outer((u / w, v / w), m[2, :2])) / w
+    return max(1.0, abs(float(np.linalg.det(derivative))) ** 0.5)
 
 
-def _shrink_along(m: Floats) -> float:
+def _shrink_along(m: Floats, size: Any) -> float:
     """How far a map shrinks the axis that it shrinks most, if it does not turn."""
-    return max(_shrink(m), abs(m[0, 0]), abs(m[1, 1])) if _aligned(m) else _shrink(m)
+    both = _shrink(m, size)
+    return float(max(both, abs(m[0, 0]), abs(m[1, 1]))) if _aligned(m) else both
 
 
 def _project(m: Floats, points: Floats) -> tuple[Floats, Floats]:
@@ -187,7 +192,8 @@ def _project(m: Floats, points: Floats) -> tuple[Floats, Floats]:
 def _inside(p: Floats, size: float, soft: bool) -> Floats:
     """The share of a pixel at p that is inside of [0, size)."""
     if soft:
-        return (p + 0.5).clip(0, 1) * (size - p + 0.5).clip(0, 1)
+        share: Floats = (p + 0.5).clip(0, 1) * (size - p + 0.5).clip(0, 1)
+        return share
     return ((p >= 0) & (p < size)).astype(np.float64)
 
 
@@ -203,11 +209,13 @@ def _weights(at: Floats, wide: float, low: int, high: int, size: int, state: _St
     """(outputs, size): the weights of an axis, its filter cut off where the source ends."""
     pixels = np.arange(size)
     if state.interpolation == s.NEAREST:
-        return (np.floor(at).clip(low, high - 1)[:, None] == pixels).astype(np.float64)
+        nearest: Floats = (np.floor(at).clip(low, high - 1)[:, None] == pixels).astype(np.float64)
+        return nearest
     at = at.clip(low, high)[:, None]
     weights = _filter((pixels + 0.5 - at) / wide, state.interpolation)
     weights[:, (pixels < low) | (pixels >= high)] = 0
-    return weights / weights.sum(1, keepdims=True)
+    normalized: Floats = weights / weights.sum(1, keepdims=True)
+    return normalized
 
 
 def _window(at: Floats, wide: float, low: int, high: int, interpolation: int) -> Any:
@@ -275,7 +283,8 @@ def _solarize(state: _State, p: Floats) -> Floats:
 
 
 def _posterize(state: _State, p: Floats) -> Floats:
-    return np.floor(state.image.round() / p[0]) * p[0]
+    x: Floats = np.floor(state.image.round() / p[0]) * p[0]
+    return x
 
 
 def _gamma(state: _State, p: Floats) -> Floats:
@@ -330,7 +339,8 @@ def _noise(state: _State, p: Floats) -> Floats:
     numbers = normal_numbers(state.place, state.seed, int(p[3]), state.image.size)
     noise = numbers.reshape(channels, height, width).transpose(1, 2, 0)
     x = state.image + p[0] + p[1] * noise
-    return x.clip(0, 255) if p[2] else x
+    noisy: Floats = x.clip(0, 255) if p[2] else x
+    return noisy
 
 
 def _erase(state: _State, p: Floats) -> Floats:
@@ -353,7 +363,8 @@ def _mix_add(state: _State, p: Floats) -> Floats:
 
 
 def _mix_end(state: _State, p: Floats) -> Floats:
-    return (1 - p[0]) * state.image + p[0] * state.mixed
+    x: Floats = (1 - p[0]) * state.image + p[0] * state.mixed
+    return x
 
 
 _STEPS = {

@@ -27,7 +27,7 @@ def forward_maps(ops: Any, parameters: Floats) -> Floats:
         moved = ops[:, k] == GEOMETRY
         step = np.where(moved[:, None, None], parameters[:, k, :9].reshape(-1, 3, 3), np.eye(3))
         total = total @ step
-    return np.linalg.inv(total)
+    return np.linalg.inv(total).astype(np.float64)
 
 
 def moved_points(points: Sequence[Tensor], maps: Floats) -> list[Tensor]:
