@@ -41,8 +41,9 @@ lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(INSTALLED)  ## the benchmarks, written to benchmarks/results/
+bench: $(INSTALLED)  ## the benchmarks, written to benchmarks/results/ and docs/benchmarks.md
 	$(BIN)/python -m pytest benchmarks $(ARGS)
+	$(BIN)/python -m benchmarks.table
 
 bench-check: $(INSTALLED)  ## the latest results against benchmarks/floors.toml
 	$(BIN)/python -m benchmarks.check
@@ -55,6 +56,7 @@ gpu:  ## on a GPU machine: build, run the GPU tests, then the GPU benchmarks
 	$(PYTHON) setup.py --quiet build_ext --inplace
 	$(PYTHON) -m pytest -m gpu tests/kernels
 	$(PYTHON) -m benchmarks.gpu
+	$(PYTHON) -m benchmarks.table
 
 # One file for every x86-64 CPU: the instruction set is chosen where it runs. auditwheel names the
 # oldest glibc that it runs on (that of the machine it was built on, or older).

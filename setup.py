@@ -1,9 +1,9 @@
 """Builds gradsmith: two packages from two roots, and the native module of the kernel library.
 
 `csrc/` becomes one shared library, `gradsmith_kernels._native`. It links to neither torch nor an
-OpenMP runtime, so one wheel serves any torch version. Never `-march=native`: each file is compiled
-for the instruction set that its name ends in, and the library chooses when it is loaded, so a wheel
-built here runs on an older CPU.
+OpenMP runtime, so one wheel serves any torch version. Never `-march=native`: `<op>_kernels.cpp` is
+compiled once for each level of the instruction set that its first line names, and the library
+chooses when it is loaded, so a wheel built here runs on an older CPU.
 """
 
 from __future__ import annotations
@@ -30,14 +30,17 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 AVX512 += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC 12 misreads its own header
 AVX512BF16 = [*AVX512, "-mavx512bf16"]
 AMX = [*AVX512BF16, "-mamx-tile", "-mamx-bf16"]
-ISA_FLAGS = {"_avx2": AVX2, "_avx512": AVX512, "_avx512bf16": AVX512BF16, "_amx": AMX}
+LEVELS = {"portable": [], "avx2": AVX2, "avx512": AVX512, "avx512bf16": AVX512BF16, "amx": AMX}
 X86 = platform.machine() in ("x86_64", "AMD64")
 
 
-def isa_flags(source: str) -> list[str]:
-    """The flags of one file, by the suffix of its name."""
-    suffix = "_" + Path(source).stem.rpartition("_")[2]
-    return ISA_FLAGS.get(suffix, [])
+def levels_of(source: str) -> list[str]:
+    """The levels that a file is compiled for; none: once, for any CPU."""
+    first = Path(source).read_text(encoding="utf-8").partition("\n")[0]
+    names = first.removeprefix("// levels: ").split() if first.startswith("// levels: ") else []
+    if not set(names) <= LEVELS.keys():
+        sys.exit(f"{source}: its first line names {names}; a level is one of {[*LEVELS]}")
+    return [name for name in names if X86 or name == "portable"]
 
 
 def find_compiler() -> list[str]:
@@ -69,17 +72,20 @@ class BuildNative(build_ext):
 
         extra = shlex.split(os.environ.get("CXXFLAGS", ""))
 
-        def compile_one(source: str) -> list[str]:
+        def compile_one(job: tuple[str, str | None]) -> list[str]:
+            source, level = job
             return self.compiler.compile(
                 [source],
-                output_dir=self.build_temp,
+                output_dir=str(Path(self.build_temp, level or "any")),
+                macros=[("LEVEL", level)] if level else [],
                 include_dirs=ext.include_dirs,
-                extra_postargs=[*FLAGS, *isa_flags(source), *extra],
+                extra_postargs=[*FLAGS, *(LEVELS[level] if level else []), *extra],
                 depends=ext.depends,
             )
 
+        jobs = [(source, level) for source in ext.sources for level in levels_of(source) or [None]]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = [path for paths in pool.map(compile_one, ext.sources) for path in paths]
+            objects = [path for paths in pool.map(compile_one, jobs) for path in paths]
         self.compiler.link_shared_object(
             objects,
             self.get_ext_fullpath(ext.name),
@@ -89,10 +95,6 @@ class BuildNative(build_ext):
             build_temp=self.build_temp,
         )
 
-
-sources = sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
-if not X86:
-    sources = [source for source in sources if not isa_flags(source)]
 
 setup(
     packages=[
@@ -106,14 +108,14 @@ setup(
         "gradsmith.recipes.quickstart": "recipes/quickstart",
     },
     package_data={
-        "gradsmith_kernels": ["py.typed", "*.pyi", "*/budgets.json"],
+        "gradsmith_kernels": ["py.typed", "*.pyi", "ops/*/budgets.json"],
         "gradsmith": ["py.typed"],
         "gradsmith.recipes.quickstart": ["*.yaml"],
     },
     ext_modules=[
         Extension(
             "gradsmith_kernels._native",
-            sources=sources,
+            sources=sorted(str(path) for path in Path("csrc").rglob("*.cpp")),
             include_dirs=["csrc", get_include()],
             depends=sorted(str(path) for path in Path("csrc").rglob("*.h")),
         )

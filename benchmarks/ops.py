@@ -1,4 +1,5 @@
-"""Each op against its peers, as its spec and peers.py list them; for the CPU suite and the GPU."""
+"""Each op and optimizer against its peers, as spec.py, optim/bench.py and peers.py list them; for
+the CPU suite and the GPU."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gradsmith_kernels.spec import BenchCase, all_specs
+from gradsmith_kernels.verify.spec import BenchCase, all_bench_cases
 
 from . import peers
 from .machine import Call, summary
@@ -18,7 +19,7 @@ OURS = "gradsmith"
 
 
 def cases() -> dict[str, BenchCase]:
-    found = [case for spec in all_specs() for case in spec.bench_cases()]
+    found = all_bench_cases()
     labelled = {case.label: case for case in found}
     assert len(labelled) == len(found), "two benchmark cases have the same label"
     assert peers.known() <= labelled.keys(), "a peer of a benchmark case that does not exist"

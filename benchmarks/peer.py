@@ -17,8 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from gradsmith.data.loader import Loader
-from gradsmith.data.packing import Sequences
-from gradsmith.data.shards import PreparedData
+from gradsmith.data.prepared import PreparedData
 from gradsmith.models.base import base_of
 from gradsmith.models.build import DTYPES
 from gradsmith.run import Run
@@ -58,14 +57,8 @@ def main() -> None:
     training: Any = recipe.training
     adapter: Any = recipe.model.adapter
     data = PreparedData.open(run.data)
-    sequences = Sequences(
-        data.split("train"),
-        recipe.data.sequence_length,
-        recipe.data.packing,
-        data.task,
-        data.manifest["pad_id"],
-    )
-    loader = Loader(sequences, seed=recipe.seed, global_batch=training.global_batch)
+    rows = data.processor(recipe).dataset(data.split("train"))
+    loader = Loader(rows, seed=recipe.seed, global_batch=training.global_batch)
 
     dtype = DTYPES[arguments.precision]
     base = base_of(run, recipe).place
@@ -96,17 +89,15 @@ def main() -> None:
     losses, seconds = [], []
     for step in range(training.steps):
         begin = time.perf_counter()
-        targets = loader.target_tokens(step)
+        targets = loader.items(step)
         total = 0.0
         micro_batches = loader.micro_batches(
             step, rank=0, world=1, micro_batch=training.micro_batch
         )
         for batch in micro_batches:
-            logits = forward(
-                input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
-            ).logits
+            logits = forward(**batch.inputs, use_cache=False).logits
             loss = F.cross_entropy(
-                logits.float().flatten(0, 1), batch.labels.flatten(), reduction="sum"
+                logits.float().flatten(0, 1), batch.labels["labels"].flatten(), reduction="sum"
             )
             torch.autograd.backward(loss / targets)
             total += loss.item() / targets

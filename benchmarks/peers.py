@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsmith_kernels.optimizer_step.spec import OnMasters
-from gradsmith_kernels.spec import Inputs, optimizer_of
+from gradsmith_kernels.optim.bench import OnMasters, optimizer_of
+from gradsmith_kernels.verify.spec import Inputs
 
 Peer = Callable[[Inputs], Any]
 

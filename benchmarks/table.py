@@ -1,8 +1,23 @@
-"""The results as text."""
+"""The results as text, and as the page of all machines: `python -m benchmarks.table`."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).resolve().parent
+PAGE = ROOT.parent / "docs" / "benchmarks.md"
+HEAD = """# Benchmarks
+
+Written by `python -m benchmarks.table` from the latest results of each machine in
+`benchmarks/results/`; `make bench` measures the machine that it runs on, `make gpu` a GPU.
+
+A figure is a peer's median time over ours in one run: above 1, ours is faster; of memory, a peer's
+peak over ours. A kernel is timed only after its parity check has passed, contenders take turns, and
+outputs are fresh memory unless said otherwise. A machine has a column once it was measured; a dash
+stands where a row was not. What `make bench-check` does not let fall: `benchmarks/floors.toml`.
+"""
 
 
 def show(machine: dict[str, Any], rates: dict[str, float], rows: list[dict[str, Any]]) -> str:
@@ -56,3 +71,66 @@ def _share(row: dict[str, Any], seconds: float, rates: dict[str, float]) -> str:
         share = rate / rates[f"matmul_{dtype}_flops"]
         parts.append(f"{rate / 1e9:.0f} GFLOP/s ({share:.0%} of torch's {dtype} rate)")
     return ", ".join(parts)
+
+
+# ------------------------------------------------------------------------------------ the page
+
+
+def page(results: Path = ROOT / "results") -> str:
+    """docs/benchmarks.md: a column for each machine and instruction set that was measured."""
+    measured = [json.loads(path.read_text(encoding="utf-8")) for path in latest(results)]
+    lines = [HEAD, _row("", "threads", "torch's products, bf16; fp32", "copy", "when"), _rule(5)]
+    for one in measured:
+        machine, rates = one["machine"], one["rates"]
+        bf16, fp32 = (rates[f"matmul_{dtype}_flops"] / 1e9 for dtype in ("bf16", "fp32"))
+        lines.append(
+            _row(
+                name_of(machine),
+                str(machine["threads"]),
+                f"{bf16:.3g}; {fp32:.3g} GFLOP/s",
+                f"{rates['copy_bytes'] / 1e9:.3g} GB/s",
+                f"{machine['date'][:10]}, commit {(machine['commit'] or 'unknown')[:9]}, "
+                f"torch {machine['versions']['torch']}",
+            )
+        )
+    sections: dict[str, dict[tuple[str, str], None]] = {}
+    for one in measured:
+        for row in one["rows"]:
+            rows = sections.setdefault(row["key"].split()[0].rstrip(","), {})
+            rows.update(dict.fromkeys((row["key"], peer) for peer in row["ratios"]))
+    for subject, rows in sections.items():
+        lines += ["", f"## {subject}", ""]
+        lines += [_row("", "peer", *(name_of(one["machine"]) for one in measured))]
+        lines += [_rule(2 + len(measured))]
+        for key, peer in rows:
+            figures = [_ratio(one["rows"], key, peer) for one in measured]
+            lines.append(_row(key.removeprefix(subject).strip(" ,"), peer, *figures))
+    return "\n".join(lines) + "\n"
+
+
+def latest(results: Path) -> list[Path]:
+    """The newest file of each machine and instruction set: FOLDER/DATE-KIND.json."""
+    newest = {(path.parent.name, path.stem[11:]): path for path in sorted(results.glob("*/*.json"))}
+    return list(newest.values())
+
+
+def name_of(machine: dict[str, Any]) -> str:
+    return str(machine.get("gpu") or f"{machine['cpu']}, {machine['isa'].upper()}")
+
+
+def _ratio(rows: list[dict[str, Any]], key: str, peer: str) -> str:
+    found = [row["ratios"][peer] for row in rows if row["key"] == key and peer in row["ratios"]]
+    return f"{found[0]:.2f}" if found else "-"
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _rule(columns: int) -> str:
+    return "|" + "---|" * columns
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
+    print(PAGE)

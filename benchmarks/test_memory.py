@@ -80,7 +80,7 @@ import torch
 import torch.nn.functional as F
 from benchmarks.machine import cpu_clock
 from gradsmith_kernels import rms_norm
-from gradsmith_kernels.memory import keep_freed
+from gradsmith_kernels.transformers.memory import keep_freed
 
 assert keep_freed()
 x = torch.randn({rows}, {cols}).bfloat16().requires_grad_()

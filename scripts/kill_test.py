@@ -150,7 +150,7 @@ class KillTest:
         return {
             "steps": [(r["step"], r["loss"], r["grad_norm"], r["lr"]) for r in steps],
             "validations": [(r["step"], r["loss"]) for r in validations],
-            "evaluation": [evaluation["step"], evaluation["metrics"], evaluation["samples"]],
+            "evaluation": [evaluation["step"], evaluation["metrics"], evaluation["blocks"]],
         }
 
     # --------------------------------------------------------------------------------- the kill

@@ -1,4 +1,5 @@
-// One Adafactor step over many tensors. The formulas: gradsmith_kernels/adafactor_step/__init__.py.
+// One Adafactor step over many tensors. The formulas:
+// gradsmith_kernels/ops/adafactor_step/__init__.py.
 //
 // The factors of the second moment are means of whole rows and columns, and the update is scaled to
 // the root of its mean square, so a matrix is passed over three times:

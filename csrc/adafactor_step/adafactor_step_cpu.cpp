@@ -9,13 +9,7 @@
 
 namespace {
 
-const AdafactorKernels& kernels() {
-#if defined(__x86_64__)
-  return pick(adafactor_portable, adafactor_avx2, adafactor_avx512, adafactor_avx512bf16);
-#else
-  return adafactor_portable;
-#endif
-}
+const AdafactorKernels& kernels() { return PICK_TABLE(adafactor); }
 
 constexpr int64_t kPiece = 131072;      // elements that a thread takes at a time, about
 constexpr int64_t kReduceCols = 256;    // columns whose sums a thread reduces at a time

@@ -23,7 +23,7 @@ struct AttentionSequence {
 struct Attention {
   AttentionView q, k, v;
   int64_t heads, key_heads, size;
-  int64_t statistics_batch, statistics_head;  // strides of lse, rest, delta, dlse
+  int64_t statistics_batch, statistics_head;  // strides of lse, lse_remainder, delta, dlse
   float scale, softcap;                       // softcap 0: none
   int64_t left, right;                        // -1: unlimited
   const float* sink;                          // [heads] or null
@@ -33,7 +33,7 @@ struct Attention {
 
   void* out;  // contiguous, like dq, dk, dv
   float* lse;
-  float* rest;  // or null
+  float* lse_remainder;  // what float32 loses of lse, or null
 
   AttentionView dout, o;
   const float* dlse;  // or null

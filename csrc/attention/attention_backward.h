@@ -196,7 +196,8 @@ struct Backward {
       if (a.dlse) state.delta[i] -= a.dlse[at];
       a.delta[at] = state.delta[i];
       if (a.lse[at] == -__builtin_inff()) continue;
-      const double lse = (double(a.lse[at]) + (a.rest ? double(a.rest[at]) : 0)) * kLog2eDouble;
+      const double remainder = a.lse_remainder ? double(a.lse_remainder[at]) : 0;
+      const double lse = (double(a.lse[at]) + remainder) * kLog2eDouble;
       const double whole = Engine::kExact ? __builtin_rint(lse) : lse;
       state.whole[i] = float(whole);
       state.fraction[i] = Engine::kExact ? float(lse - whole) : 0.0f;

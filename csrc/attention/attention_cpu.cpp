@@ -10,14 +10,7 @@
 
 namespace {
 
-const AttentionKernels& kernels(int dtype) {
-#if defined(__x86_64__)
-  return pick(attention_portable, attention_avx2, attention_avx512, attention_avx512bf16,
-              attention_amx)[dtype];
-#else
-  return attention_portable[dtype];
-#endif
-}
+const AttentionKernels& kernels(int dtype) { return PICK_TABLE_WITH_AMX(attention)[dtype]; }
 
 int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
@@ -27,11 +20,11 @@ std::vector<AttentionSequence> sequences(const AttentionBatch& b, int64_t& packe
   packed_rows = 0;
   for (int64_t i = 0; i < b.batch; ++i) {
     AttentionSequence s{i, b.rows, b.cols, 0, 0, i * b.rows, i * b.cols, packed_rows};
-    if (b.q_ends) {
-      s.first_row = s.output_row = b.q_ends[i];
-      s.first_col = s.output_col = b.k_ends[i];
-      s.rows = b.q_ends[i + 1] - b.q_ends[i];
-      s.cols = b.k_ends[i + 1] - b.k_ends[i];
+    if (b.cu_seqlens_q) {
+      s.first_row = s.output_row = b.cu_seqlens_q[i];
+      s.first_col = s.output_col = b.cu_seqlens_k[i];
+      s.rows = b.cu_seqlens_q[i + 1] - b.cu_seqlens_q[i];
+      s.cols = b.cu_seqlens_k[i + 1] - b.cu_seqlens_k[i];
     }
     packed_rows += blocks_of(s.cols, kKeyBlock) * kKeyBlock;
     all.push_back(s);

@@ -278,7 +278,7 @@ struct Forward {
       const double exact = sum > 0 || sum != sum ? highest * kLn2 + log(sum) : -__builtin_inf();
       const int64_t at = statistics(a, s, head, range.query + i);
       a.lse[at] = float(exact);
-      if (a.rest) a.rest[at] = sum > 0 ? float(exact - double(a.lse[at])) : 0.0f;
+      if (a.lse_remainder) a.lse_remainder[at] = sum > 0 ? float(exact - double(a.lse[at])) : 0.0f;
     }
     store_turned<X>(scratch.out, kQueries, factor, range.queries, shape.size,
                     output<X>(a.out, s.output_row + range.query, a.heads, head, shape.size),

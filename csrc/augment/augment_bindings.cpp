@@ -1,19 +1,11 @@
-#include "augment/augment_bindings.h"
-
 #include <pybind11/stl.h>
 
 #include <vector>
 
 #include "augment/augment_cpu.h"
-
-namespace py = pybind11;
+#include "common/bindings.h"
 
 namespace {
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 // sources: [images, 6] of int64: address, height, width, strides of row, pixel and channel.
 // ops: [images, steps] of int32; parameters: [images, steps, kAugmentParameters] of float64.
@@ -64,10 +56,9 @@ void swap_boxes_binding(uintptr_t images,
 
 }  // namespace
 
-void bind_augment(py::module_& m) {
-  const py::call_guard<py::gil_scoped_release> no_gil;
-  m.def("augment", augment_binding, no_gil);
-  m.def("augment_mix_pairs", mix_pairs_binding, no_gil);
-  m.def("augment_swap_boxes", swap_boxes_binding, no_gil);
-  m.def("augment_uniform_numbers", uniform_numbers_binding, no_gil);
+BINDINGS(augment) {
+  m.def("augment", augment_binding, NoGil());
+  m.def("augment_mix_pairs", mix_pairs_binding, NoGil());
+  m.def("augment_swap_boxes", swap_boxes_binding, NoGil());
+  m.def("augment_uniform_numbers", uniform_numbers_binding, NoGil());
 }

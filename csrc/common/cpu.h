@@ -37,3 +37,14 @@ const Table& pick(const Table& portable, const Table& avx2, const Table& avx512,
                   const Table& avx512bf16) {
   return pick(portable, avx2, avx512, avx512bf16, avx512bf16);
 }
+
+// PICK_TABLE(rope): the table of the op's kernels, rope_portable, rope_avx2, ..., for the level in
+// use. Elsewhere than on x86 only the portable ones are compiled.
+#if defined(__x86_64__)
+#define PICK_TABLE(op) pick(op##_portable, op##_avx2, op##_avx512, op##_avx512bf16)
+#define PICK_TABLE_WITH_AMX(op) \
+  pick(op##_portable, op##_avx2, op##_avx512, op##_avx512bf16, op##_amx)
+#else
+#define PICK_TABLE(op) op##_portable
+#define PICK_TABLE_WITH_AMX(op) op##_portable
+#endif

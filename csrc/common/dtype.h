@@ -18,7 +18,7 @@
 #include <immintrin.h>
 #endif
 
-// The codes that Python passes (gradsmith_kernels/native.py holds the same table).
+// The codes that Python passes (gradsmith_kernels/ops/common/native.py holds the same table).
 enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 namespace {

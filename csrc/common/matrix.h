@@ -100,6 +100,15 @@ struct TileEngine {
 };
 #endif
 
+// For products of bfloat16, the best that this level has.
+#if defined(__AMX_BF16__)
+using BFloat16Engine = TileEngine;
+#elif defined(__AVX512BF16__)
+using BFloat16Engine = Bf16Engine;
+#else
+using BFloat16Engine = WidenedEngine;
+#endif
+
 // ---- Products
 
 // Registers: kRowsMost * kVecsMost sums, kVecsMost of B's row, one of A.

@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-// The order of ACTIVATIONS in gradsmith_kernels/glu/op.py.
+// The order of ACTIVATIONS in gradsmith_kernels/ops/glu/op.py.
 enum Activation : int { kSilu = 0, kGelu = 1, kGeluTanh = 2 };
 
 struct GluForward {

@@ -5,13 +5,7 @@
 
 namespace {
 
-const GluKernels& kernels() {
-#if defined(__x86_64__)
-  return pick(glu_portable, glu_avx2, glu_avx512, glu_avx512bf16);
-#else
-  return glu_portable;
-#endif
-}
+const GluKernels& kernels() { return PICK_TABLE(glu); }
 
 constexpr int64_t size_of(int dtype) { return dtype == 0 ? 4 : 2; }
 

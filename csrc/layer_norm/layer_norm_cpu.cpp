@@ -6,13 +6,7 @@
 
 namespace {
 
-const LayerNormKernels& kernels() {
-#if defined(__x86_64__)
-  return pick(layer_norm_portable, layer_norm_avx2, layer_norm_avx512, layer_norm_avx512bf16);
-#else
-  return layer_norm_portable;
-#endif
-}
+const LayerNormKernels& kernels() { return PICK_TABLE(layer_norm); }
 
 constexpr int64_t size_of(int dtype) { return dtype == kFloat32 ? 4 : 2; }
 

@@ -11,12 +11,12 @@
 #include <stdint.h>
 
 struct LinearProduct {
-  const void* a;  // [rows, depth], or [depth, rows] if a_turned; `a_stride` elements between rows
-  const void* b;  // [depth, columns], or [columns, depth] if b_turned
+  const void* a;  // [rows, depth], or transposed; rows are a_stride elements apart
+  const void* b;  // [depth, columns], or transposed
   const void* bias;  // [columns] or null
   void* c;           // contiguous
   int64_t a_stride, b_stride, rows, columns, depth;
-  bool a_turned, b_turned;
+  bool a_transposed, b_transposed;
 
   static constexpr int64_t kPacked = 64;   // columns that are packed at a time
   static constexpr int64_t kRows = 192;    // of a task, at most

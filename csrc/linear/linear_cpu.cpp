@@ -10,14 +10,7 @@
 
 namespace {
 
-const LinearKernels& kernels(int dtype) {
-#if defined(__x86_64__)
-  return pick(linear_portable, linear_avx2, linear_avx512, linear_avx512bf16,
-              linear_amx)[dtype - kBFloat16];
-#else
-  return linear_portable[dtype - kBFloat16];
-#endif
-}
+const LinearKernels& kernels(int dtype) { return PICK_TABLE_WITH_AMX(linear)[dtype - kBFloat16]; }
 
 }  // namespace
 

@@ -11,15 +11,7 @@
 
 namespace {
 
-const LinearCrossEntropyTable& kernels() {
-#if defined(__x86_64__)
-  return pick(linear_cross_entropy_portable, linear_cross_entropy_avx2,
-              linear_cross_entropy_avx512, linear_cross_entropy_avx512bf16,
-              linear_cross_entropy_amx);
-#else
-  return linear_cross_entropy_portable;
-#endif
-}
+const LinearCrossEntropyTable& kernels() { return PICK_TABLE_WITH_AMX(linear_cross_entropy); }
 
 int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
 

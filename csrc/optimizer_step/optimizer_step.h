@@ -1,11 +1,11 @@
 // One optimizer step over many tensors in one sweep: each element's weight, gradient and states are
 // read once, updated, and written once; the gradient is zeroed while its line is in the cache.
-// The rules' formulas: gradsmith_kernels/optimizer_step/rules.py, which also computes `c`.
+// The rules' formulas: gradsmith_kernels/ops/optimizer_step/rules.py, which also computes `c`.
 #pragma once
 
 #include <stdint.h>
 
-// In the order of gradsmith_kernels/optimizer_step/rules.py.
+// In the order of gradsmith_kernels/ops/optimizer_step/rules.py.
 enum Rule : int {
   kAdam = 0,
   kLion = 1,

@@ -8,13 +8,7 @@
 
 namespace {
 
-const StepKernels& kernels() {
-#if defined(__x86_64__)
-  return pick(step_portable, step_avx2, step_avx512, step_avx512bf16);
-#else
-  return step_portable;
-#endif
-}
+const StepKernels& kernels() { return PICK_TABLE(step); }
 
 // Threads get whole chunks: no two of them write to one cache line or one 8-bit block.
 constexpr int64_t kChunk = 2048;

@@ -6,13 +6,7 @@
 
 namespace {
 
-const RmsNormKernels& kernels() {
-#if defined(__x86_64__)
-  return pick(rms_norm_portable, rms_norm_avx2, rms_norm_avx512, rms_norm_avx512bf16);
-#else
-  return rms_norm_portable;
-#endif
-}
+const RmsNormKernels& kernels() { return PICK_TABLE(rms_norm); }
 
 constexpr int64_t size_of(int dtype) { return dtype == 0 ? 4 : 2; }
 

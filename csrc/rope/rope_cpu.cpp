@@ -5,13 +5,7 @@
 
 namespace {
 
-const RopeKernels& kernels() {
-#if defined(__x86_64__)
-  return pick(rope_portable, rope_avx2, rope_avx512, rope_avx512bf16);
-#else
-  return rope_portable;
-#endif
-}
+const RopeKernels& kernels() { return PICK_TABLE(rope); }
 
 }  // namespace
 

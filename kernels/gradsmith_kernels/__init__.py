@@ -16,14 +16,14 @@ your machine, and `gradsmith_kernels.backends.availability()` says what runs whe
 """
 
 from gradsmith_kernels import augment, backends, optim
-from gradsmith_kernels.accelerate import accelerate
-from gradsmith_kernels.attention import attention, attention_varlen
-from gradsmith_kernels.glu import geglu, swiglu
-from gradsmith_kernels.layer_norm import layer_norm
-from gradsmith_kernels.linear import linear
-from gradsmith_kernels.linear_cross_entropy import linear_cross_entropy
-from gradsmith_kernels.rms_norm import rms_norm
-from gradsmith_kernels.rope import rope
+from gradsmith_kernels.ops.attention import attention, attention_varlen
+from gradsmith_kernels.ops.glu import geglu, swiglu
+from gradsmith_kernels.ops.layer_norm import layer_norm
+from gradsmith_kernels.ops.linear import linear
+from gradsmith_kernels.ops.linear_cross_entropy import linear_cross_entropy
+from gradsmith_kernels.ops.rms_norm import rms_norm
+from gradsmith_kernels.ops.rope import rope
+from gradsmith_kernels.transformers import accelerate
 
 __all__ = [
     "accelerate",

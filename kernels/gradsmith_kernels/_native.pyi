@@ -89,21 +89,31 @@ def layer_norm_backward(
 def block_count(rows: int, /) -> int: ...
 
 _View = tuple[int, int, int, int]
-_Shapes = tuple[int, int, int, int, int, int]
-_Options = tuple[float, int, int, float, float, int]
 
 def attention_forward(
     q: _View,
     k: _View,
     v: _View,
-    shapes: _Shapes,
-    options: _Options,
-    ends: tuple[int, int],
-    statistics: tuple[int, int],
+    batch: int,
+    rows: int,
+    cols: int,
+    heads: int,
+    key_heads: int,
+    size: int,
+    scale: float,
+    left: int,
+    right: int,
+    softcap: float,
+    dropout_p: float,
+    seed: int,
+    cu_seqlens_q: int,
+    cu_seqlens_k: int,
+    lse_batch: int,
+    lse_head: int,
     sink: int,
     out: int,
     lse: int,
-    rest: int,
+    lse_remainder: int,
     dtype: int,
     threads: int,
     /,
@@ -114,12 +124,24 @@ def attention_backward(
     v: _View,
     out: _View,
     dout: _View,
-    shapes: _Shapes,
-    options: _Options,
-    ends: tuple[int, int],
-    statistics: tuple[int, int],
+    batch: int,
+    rows: int,
+    cols: int,
+    heads: int,
+    key_heads: int,
+    size: int,
+    scale: float,
+    left: int,
+    right: int,
+    softcap: float,
+    dropout_p: float,
+    seed: int,
+    cu_seqlens_q: int,
+    cu_seqlens_k: int,
+    lse_batch: int,
+    lse_head: int,
     lse: int,
-    rest: int,
+    lse_remainder: int,
     dlse: int,
     dq: int,
     dk: int,
@@ -130,11 +152,17 @@ def attention_backward(
     /,
 ) -> None: ...
 def linear_product(
-    a: tuple[int, int, bool],
-    b: tuple[int, int, bool],
+    a: int,
+    a_stride: int,
+    a_transposed: bool,
+    b: int,
+    b_stride: int,
+    b_transposed: bool,
     bias: int,
     c: int,
-    shape: tuple[int, int, int],
+    rows: int,
+    columns: int,
+    depth: int,
     dtype: int,
     threads: int,
     /,
@@ -163,14 +191,25 @@ def glu_backward(
     /,
 ) -> None: ...
 def linear_cross_entropy(
-    hidden: tuple[int, int],
-    weight: tuple[int, int],
+    hidden: int,
+    hidden_stride: int,
+    weight: int,
+    weight_stride: int,
     bias: int,
     target: int,
-    shapes: tuple[int, int, int, int],
-    options: tuple[float, float, float],
-    statistics: tuple[int, int, int],
-    gradients: tuple[int, int, int],
+    rows: int,
+    vocabulary: int,
+    size: int,
+    chunk: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    loss: int,
+    lse: int,
+    upstream: int,
+    dhidden: int,
+    dweight: int,
+    dbias: int,
     dtype: int,
     threads: int,
     /,
@@ -179,7 +218,10 @@ def rope(
     tensors: Sequence[tuple[_View, int, int]],
     cos: tuple[int, int, int],
     sin: tuple[int, int, int],
-    shapes: tuple[int, int, int, int],
+    batch: int,
+    length: int,
+    size: int,
+    rotated: int,
     interleaved: bool,
     transposed: bool,
     dtype: int,
@@ -199,12 +241,27 @@ def scale_rows(
     /,
 ) -> None: ...
 
-class StepPlan:
+class StepRow:
     def __init__(
         self,
-        rows: Sequence[tuple[int, int, int, int, int, int, int, int, int, int, int, int, int]],
-        /,
+        *,
+        param: int,
+        state1: int,
+        state2: int,
+        state3: int,
+        absmax1: int,
+        absmax2: int,
+        master: int,
+        compensation: int,
+        step: int,
+        numel: int,
+        param_dtype: int,
+        state_dtype: int,
+        stream: int,
     ) -> None: ...
+
+class StepPlan:
+    def __init__(self, rows: Sequence[StepRow], /) -> None: ...
     def set_grads(self, grads: list[Tensor], /) -> None: ...
     def count(self) -> list[float]: ...
     def places(self) -> list[int]: ...
@@ -228,10 +285,24 @@ class Layouts:
 def all_contiguous(tensors: list[Tensor], /) -> bool: ...
 def squared_norm(grads: list[Tensor], threads: int, /) -> tuple[float, int]: ...
 
-class AdafactorPlan:
+class FactorRow:
     def __init__(
-        self, rows: Sequence[tuple[int, int, int, int, int, int, int, int, int, int]], /
+        self,
+        *,
+        param: int,
+        row_var: int,
+        col_var: int,
+        master: int,
+        compensation: int,
+        step: int,
+        matrices: int,
+        rows: int,
+        cols: int,
+        param_dtype: int,
     ) -> None: ...
+
+class AdafactorPlan:
+    def __init__(self, rows: Sequence[FactorRow], /) -> None: ...
     def set_grads(self, grads: list[Tensor], /) -> None: ...
     def count(self) -> list[float]: ...
     def run(

@@ -21,7 +21,6 @@ import pkgutil
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -65,10 +64,22 @@ def missing(backend: str) -> str | None:
             importlib.import_module("triton")
         except ImportError as error:
             return f"triton cannot be imported ({error})"
-        if not torch.cuda.is_available() and not interpreting():
+        if interpreting():
+            return _interpreters_fault()
+        if not torch.cuda.is_available():
             return "torch finds no GPU"
     elif backend == "cuda" and not torch.cuda.is_available():
         return "torch finds no GPU"
+    return None
+
+
+def _interpreters_fault() -> str | None:
+    """Triton 3.6 takes the bound of a loop, an array of one element, for a number; NumPy 2.4 does
+    not any more."""
+    import numpy
+
+    if triton_before(3, 7) and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
+        return f"the interpreter of Triton 3.6 needs numpy<2.4, and this is {numpy.__version__}"
     return None
 
 
@@ -150,21 +161,20 @@ class Op:
 
 
 def op_names() -> list[str]:
-    """Every op: the folders of this package, but augment, which is no function of tensors with a
-    gradient: its inputs are images of many sizes and a chain of transforms."""
-    folder = str(Path(__file__).parent)
-    packages = {module.name for module in pkgutil.iter_modules([folder]) if module.ispkg}
-    return sorted(packages - {"augment"})
+    """Every op: the folders of ops/, but for what they share."""
+    found = pkgutil.iter_modules(importlib.import_module("gradsmith_kernels.ops").__path__)
+    return sorted(module.name for module in found if module.ispkg and module.name != "common")
 
 
 def availability() -> dict[str, dict[str, str | None]]:
     """The table op -> backend -> why it cannot run here (None: it can)."""
-    ops = {name: importlib.import_module(f"gradsmith_kernels.{name}.op").OP for name in op_names()}
-    ops["augment"] = importlib.import_module("gradsmith_kernels.augment.pipeline").OP
-    return {
-        name: {backend: op.missing(backend) for backend in BACKENDS}
-        for name, op in sorted(ops.items())
-    }
+    modules = {name: f"gradsmith_kernels.ops.{name}.op" for name in op_names()}
+    modules["augment"] = "gradsmith_kernels.augment.pipeline"  # a room, but it has backends as well
+    table = {}
+    for name, module in sorted(modules.items()):
+        op: Op = importlib.import_module(module).OP
+        table[name] = {backend: op.missing(backend) for backend in BACKENDS}
+    return table
 
 
 def native() -> dict[str, Any] | None:
@@ -181,7 +191,7 @@ def native() -> dict[str, Any] | None:
 
 def chosen(name: str, device: str, dtype: torch.dtype = torch.float32) -> str:
     """The backend that op `name` takes on `device` for `dtype` when none is asked for."""
-    op: Op = importlib.import_module(f"gradsmith_kernels.{name}.op").OP
+    op: Op = importlib.import_module(f"gradsmith_kernels.ops.{name}.op").OP
     return op.resolve(None, device, dtype)
 
 

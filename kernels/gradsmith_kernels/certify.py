@@ -4,9 +4,9 @@
 
 For every op, on every backend that is there, per dtype and output or gradient: the error against
 float64 beside the error of the naive PyTorch computation in the same dtype and the bound that
-follows from it (`gradsmith_kernels.testing`), whether a second run gave the same bits, and the
-resources of each Triton kernel on each chip it was compiled for. Without a GPU, Triton's kernels
-run in its interpreter, in float32 and float16.
+follows from it (`gradsmith_kernels.verify.testing`), whether a second run gave the same bits, and
+the resources of each Triton kernel on each chip it was compiled for. Without a GPU, Triton's
+kernels run in its interpreter, in float32 and float16.
 
 Exit code 0: everything within its bound; 1: something is not; 2: unknown op or option.
 """
@@ -25,16 +25,17 @@ from typing import Any
 
 import torch
 
-from gradsmith_kernels import backends, compile_checks
+from gradsmith_kernels import backends
 from gradsmith_kernels.backends import BACKENDS, op_names
+from gradsmith_kernels.verify import compile_checks
 
 Row = dict[str, Any]
 
 
 def parity_rows(op: str, only: tuple[str, ...]) -> list[Row]:
     """One row per backend, dtype and output: the sample whose error is nearest to its bound."""
-    from gradsmith_kernels.spec import all_specs
-    from gradsmith_kernels.testing import backends_of, device_of, parity
+    from gradsmith_kernels.verify.spec import all_specs
+    from gradsmith_kernels.verify.testing import backends_of, device_of, parity
 
     spec = next(spec for spec in all_specs() if spec.op.name == op)
     worst: dict[tuple[str, str, str], Row] = {}
@@ -81,7 +82,7 @@ def interpreted_rows(op: str) -> list[Row]:
 
 def certify(ops: list[str]) -> dict[str, Any]:
     """The certificate of these ops, as `--json` writes it."""
-    from gradsmith_kernels.spec import all_specs
+    from gradsmith_kernels.verify.spec import all_specs
 
     without = {
         backend: reason for backend in BACKENDS if (reason := backends.missing(backend)) is not None
@@ -91,7 +92,10 @@ def certify(ops: list[str]) -> dict[str, Any]:
     certificate: dict[str, Any] = {"machine": machine(), "missing": without}
     certificate["parity"] = [row for op in ops for row in parity_rows(op, BACKENDS)]
     if interpreted:
-        certificate["parity"] += [row for op in ops for row in interpreted_rows(op)]
+        kernels = {spec.op.name for spec in all_specs("triton")}
+        certificate["parity"] += [
+            row for op in ops if op in kernels for row in interpreted_rows(op)
+        ]
     certificate["parity"].sort(key=lambda row: row["op"])  # stable: backends stay in order
     certificate["compiled"], certificate["over_budget"] = {}, []
     if has_triton:

@@ -96,6 +96,55 @@ def tiny(corpus: Path, prepared: Path, tmp_path: Path) -> Callable[..., Recipe]:
     return build
 
 
+# What a user has: a recipe and the texts that it names, for commands and processes of their own.
+PROJECT: dict[str, Any] = {
+    "name": "tiny",
+    "output": "run",
+    "data": {
+        "sources": [{"kind": "text", "path": "texts"}],
+        "split": {"validation": 0.2, "test": 0.2},
+        "tokenizer": {"train": {"vocab_size": 300}},
+        "sequence_length": 32,
+    },
+    "model": {
+        "architecture": "llama",
+        "config": {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+        },
+    },
+    "training": {"steps": 2, "global_batch": 4, "micro_batch": 2, "precision": "fp32"},
+}
+
+
+def write_recipe(path: Path | str, **overrides: Any) -> None:
+    """PROJECT with dotted keys set."""
+    Path(path).write_text(yaml.safe_dump(with_overrides(PROJECT, overrides)))
+
+
+def write_project(folder: Path, recipe: str = "r.yaml", **overrides: Any) -> None:
+    """PROJECT with dotted keys set, and its forty texts."""
+    write_recipe(folder / recipe, **overrides)
+    (folder / "texts").mkdir()
+    for number in range(40):
+        text = f"This is number {number} of forty.\n" * 8
+        (folder / "texts" / f"{number}.txt").write_text(text)
+
+
+def start(*arguments: str, before: Callable[[], object] | None = None) -> subprocess.Popen[str]:
+    """`gradsmith ARGUMENTS` in a process of its own; `before` runs in it first."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "gradsmith", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=before,
+        start_new_session=True,
+    )
+
+
 def run_ranks(
     script_or_module: list[str], ranks: int, timeout: float = 180, **environment: str
 ) -> subprocess.CompletedProcess[str]:
@@ -115,10 +164,11 @@ def run_ranks(
 TRAIN_EACH = """
 import sys
 from gradsmith.recipe import load_recipe
-from gradsmith.training import engine, loop
+from gradsmith import ranks
+from gradsmith.training import loop
 for path in sys.argv[1:]:
     loop.train(load_recipe(path))
-engine.end_rank(0)
+ranks.end_rank(0)
 """
 
 

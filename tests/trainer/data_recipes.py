@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gradsmith.data.prepare import prepare
-from gradsmith.data.shards import PreparedData
+from gradsmith.data.prepared import PreparedData
 from gradsmith.recipe import Recipe, parse_recipe
 
 WORDS = ["the", "a", "red", "blue", "tree", "house", "runs", "over", "under", "small", "one", "if"]

@@ -224,8 +224,8 @@ def test_export_refusals(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     real = exports._reload
 
-    def broken(folder: Path) -> torch.nn.Module:
-        model = real(folder)
+    def broken(task: object, folder: Path) -> torch.nn.Module:
+        model = real(task, folder)
         with torch.no_grad():
             model.lm_head.weight[0, 0] += 1
         return model

@@ -9,18 +9,19 @@ import pytest
 import torch
 from conftest import losses
 
-from gradsmith.data.loader import evaluation_batches
-from gradsmith.data.packing import Sequences
-from gradsmith.data.shards import PreparedData
+from gradsmith import ranks
+from gradsmith.data.prepared import PreparedData
 from gradsmith.errors import UserError
 from gradsmith.evaluation.generate import complete
-from gradsmith.evaluation.metrics import batch_sums
+from gradsmith.evaluation.measure import measure
 from gradsmith.models.build import load_for_inference
 from gradsmith.recipe import Recipe
 from gradsmith.report.build import build_report
 from gradsmith.run import Run, read_json
+from gradsmith.tasks import make_task
 from gradsmith.training import engine as engines
 from gradsmith.training import loop
+from gradsmith.training.session import build
 
 Tiny = Callable[..., Recipe]
 
@@ -89,8 +90,8 @@ def test_the_loss_curve_is_that_of_torch(tiny: Tiny, architecture: str) -> None:
 def test_every_phase_uses_it(tiny: Tiny, stage: int) -> None:
     settings = {"training.steps": 2, "training.validate.every": 2, "training.zero.stage": stage}
     recipe = tiny("run", **settings)
-    engines.init_distributed()
-    session = loop._build(recipe, Run(recipe.output), fresh=False)
+    ranks.init_distributed()
+    session = build(recipe, Run(recipe.output), fresh=False)
     engines.set_learning_rate(session.engine, 1e-3)
     step = ops_called(lambda: loop.optimizer_step(session))
     ops = {"gradsmith::attention", "gradsmith::glu", "gradsmith::rms_norm"}
@@ -103,9 +104,8 @@ def test_every_phase_uses_it(tiny: Tiny, stage: int) -> None:
     loop.train(recipe)
     trained, tokenizer = load_for_inference(recipe.output)
     data = PreparedData.open(Run(recipe.output).data)
-    rows = Sequences(data.split("test"), 64, True, data.task, data.manifest["pad_id"])
-    batch = next(iter(evaluation_batches(rows, rank=0, world=1, batch=2)))
-    token_bytes = torch.from_numpy(data.token_bytes())
+    processor = data.processor(recipe)
+    task, rows = make_task(recipe, processor), processor.dataset(data.split("test"))
     prompts = [[1, 5, 9], [1, 7, 8, 9, 10]]  # of two lengths, so that one is padded
 
     def answer() -> object:
@@ -113,7 +113,7 @@ def test_every_phase_uses_it(tiny: Tiny, stage: int) -> None:
             trained, tokenizer, prompts, max_new_tokens=4, temperature=0.0, top_p=1.0, seed=0
         )
 
-    for work in (lambda: batch_sums(trained, batch, token_bytes), answer):
+    for work in (lambda: measure(task, trained, rows, batch=2, limit=2), answer):
         found = ops_called(work)
         assert ops <= found
         assert "aten::scaled_dot_product_attention" not in found

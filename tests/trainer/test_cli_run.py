@@ -7,38 +7,19 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import write_project
 
 from gradsmith import quickstart
 from gradsmith.__main__ import main
 
-RECIPE = """
-name: tiny
-output: run
-data:
-  sources: [{kind: text, path: texts}]
-  split: {validation: 0.2, test: 0.2}
-  tokenizer: {train: {vocab_size: 300}}
-  sequence_length: 32
-model:
-  architecture: llama
-  config: {hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 4}
-training:
-  steps: 3
-  global_batch: 4
-  micro_batch: 2
-  precision: fp32
-evaluation: {yardsticks: [xz], generation: {count: 1, max_new_tokens: 4}}
-"""
+EVALUATION = {"yardsticks": ["xz"], "generation": {"count": 1, "max_new_tokens": 4}}
 
 
 def test_from_a_recipe_to_a_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("r.yaml").write_text(RECIPE)
-    Path("texts").mkdir()
-    for number in range(40):
-        Path("texts", f"{number}.txt").write_text(f"This is number {number} of forty.\n" * 8)
+    write_project(tmp_path, evaluation=EVALUATION, **{"training.steps": 3})
 
     assert main(["prepare", "r.yaml"]) == 0
     assert json.loads(Path("run/data/manifest.json").read_text())["task"] == "language_modeling"

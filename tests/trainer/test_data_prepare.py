@@ -11,10 +11,12 @@ import pytest
 from data_recipes import dropped, jsonl_source, make, pairs, recipe, words, write_jsonl
 
 from gradsmith.data import tokenizer as tokenizers
-from gradsmith.data.document import Ledger, content_digest
+from gradsmith.data.columns import ColumnWriter
+from gradsmith.data.example import Ledger, content_digest
 from gradsmith.data.prepare import prepare
-from gradsmith.data.shards import PreparedData, ShardWriter, TokenSplit
+from gradsmith.data.prepared import PreparedData
 from gradsmith.data.split import side
+from gradsmith.data.text import TextProcessor, TokenSplit
 from gradsmith.errors import RunError, UserError
 from gradsmith.recipe import Split, parse_recipe
 
@@ -239,10 +241,11 @@ def test_a_smaller_vocabulary_than_asked_is_recorded(tmp_path):
 
 
 def test_a_large_vocabulary_is_stored_in_32_bits(tmp_path):
-    writer = ShardWriter(tmp_path, 65_537, with_targets=False)
-    writer.add(np.array([1, 65_536]))
+    columns = TextProcessor.stored({"vocab_size": 65_537})
+    writer = ColumnWriter(tmp_path, columns)
+    writer.add({"tokens": np.array([1, 65_536])})
     writer.close()
-    assert TokenSplit(tmp_path, 65_537).document(0)[0].tolist() == [1, 65_536]
+    assert TokenSplit(tmp_path, columns).document(0)[0].tolist() == [1, 65_536]
 
 
 @pytest.mark.parametrize("place", [".", "data", "data/tokenizer", "checkpoints/step-000010/model"])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import tempfile
 from pathlib import Path
 
 import datasets
@@ -11,11 +14,11 @@ import pyarrow.parquet
 import pytest
 from data_recipes import jsonl_source, make, pairs, words, write_jsonl
 
-from gradsmith.data import sources
-from gradsmith.data.document import Ledger
-from gradsmith.data.sources import _blocks, check_sources, fingerprint, read
+from gradsmith.data.example import Ledger
+from gradsmith.data.readers import _blocks
+from gradsmith.data.sources import check_sources, fingerprint, read
 from gradsmith.errors import UserError
-from gradsmith.recipe import Data
+from gradsmith.recipe import TextData as Data
 
 
 def documents(task: str = "language_modeling", **source) -> list:
@@ -166,6 +169,93 @@ def test_nothing_found_names_the_pattern(tmp_path, path, message):
         documents(kind="text", path=f"{tmp_path}/{path}")
 
 
+def test_linked_folders_are_left_out_and_named(tmp_path):
+    for name in ("inside", "outside"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text(name)
+    (tmp_path / "inside" / "out").symlink_to(tmp_path / "outside")
+    (tmp_path / "inside" / "loop").symlink_to(tmp_path / "inside")
+    (tmp_path / "inside" / "b.txt").symlink_to(tmp_path / "outside" / "a.txt")
+    for path in ("inside", "inside/**", "inside/**/*.txt"):
+        told: list[str] = []
+        source = {"kind": "text", "path": f"{tmp_path}/{path}"}
+        data = Data.model_validate({"sources": [source]})
+        check_sources(data, log=told.append)
+        assert [d.text for d in read(data, Ledger())] == ["inside", "outside"]  # a linked file is
+        assert told == [
+            "data.sources.0.path: left out, since links to folders are not followed: "
+            f"{tmp_path}/inside/loop, {tmp_path}/inside/out"
+        ]
+    # what was named is followed
+    assert [d.text for d in documents(kind="text", path=f"{tmp_path}/inside/out")] == ["outside"]
+    assert [d.text for d in documents(kind="text", path=f"{tmp_path}/*/out/*")] == ["outside"]
+
+
+def test_a_folder_that_cannot_be_read_is_refused(monkeypatch):
+    with tempfile.TemporaryDirectory() as folder:  # nobody may not enter pytest's
+        root = Path(folder)
+        root.chmod(0o755)
+        (root / "a.txt").write_text("first")
+        (root / "sub").mkdir()
+        (root / "sub" / "b.txt").write_text("second")
+        (root / "sub").chmod(0)
+        nobody = 65534 if os.geteuid() == 0 else os.geteuid()
+        before = os.geteuid()
+        for path in ("", "/**", "/*/*.txt"):
+            os.seteuid(nobody)  # nothing is closed to root
+            try:
+                with pytest.raises(UserError, match=rf"^{folder}/sub: cannot be read: Permission"):
+                    documents(kind="text", path=folder + path)
+            finally:
+                os.seteuid(before)
+        (root / "sub").chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("card", "said"),
+    [
+        ("data_files: /ROOT/secret.txt", "names a file that is not its own: /.*secret.txt"),
+        ("data_files: /etc/passwd", "cannot load the dataset .*'/etc/passwd'"),
+        ("data_files: ../secret.txt", "names a file that is not its own: .*secret.txt"),
+        ("data_files: link.txt", "names a file that is not its own: .*link.txt"),
+        ("data_files: 'https://127.0.0.1:9/a.txt'", "cannot load the dataset|not its own"),
+        ("data_files: a.tar", "is read as webdataset; allowed are text, csv, json, parquet"),
+        ("data_files: a.wav", "is read as audiofolder; allowed are"),
+    ],
+)
+def test_a_dataset_reads_its_own_files_only(tmp_path, card, said):
+    (tmp_path / "secret.txt").write_text("secret")
+    folder, card = tmp_path / "set", card.replace("/ROOT", str(tmp_path))
+    folder.mkdir()
+    for name in ("a.tar", "a.wav", "a.txt"):
+        (folder / name).write_text("own")
+    (folder / "link.txt").symlink_to(tmp_path / "secret.txt")
+    config = f"---\nconfigs:\n- config_name: default\n  {card}\n---\n"
+    (folder / "README.md").write_text(config)
+    with pytest.raises(UserError, match=said):
+        documents(kind="hf_dataset", path=str(folder))
+    (folder / "README.md").write_text(config.replace(card, "data_files: a.txt"))
+    assert [d.text for d in documents(kind="hf_dataset", path=str(folder))] == ["own"]
+
+
+def test_a_saved_dataset_reads_its_own_files_only(tmp_path):
+    for name in ("set", "secret"):
+        datasets.Dataset.from_list([{"text": name}]).save_to_disk(str(tmp_path / name))
+    state = json.loads((tmp_path / "set" / "state.json").read_text())
+    state["_data_files"] = [{"filename": "../secret/data-00000-of-00001.arrow"}]
+    (tmp_path / "set" / "state.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match="names a file that is not its own"):
+        documents(kind="hf_dataset", path=str(tmp_path / "set"))
+
+
+@pytest.mark.parametrize("reader", ["text", "csv", "json", "parquet", "imagefolder"])
+def test_the_name_of_a_reader_is_no_dataset(tmp_path, reader, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("secret.txt").write_text("secret")
+    with pytest.raises(UserError, match=r"data\.sources\.0\.path: "):
+        documents(kind="hf_dataset", path=reader)
+
+
 def test_sources_that_do_not_go_with_the_task(tmp_path):
     with pytest.raises(UserError, match=r"data\.sources\.0\.kind: text has no questions"):
         documents("chat", kind="text", path=str(tmp_path))
@@ -215,7 +305,8 @@ def stdlib(tmp_path, monkeypatch) -> Path:
     (root / "latin.py").write_bytes(b"# -*- coding: latin-1 -*-\nname = 'caf\xe9'\r\n")
     (root / "undecodable.py").write_bytes(b"name = 'caf\xe9'\n")
     (root / "broken.py").write_text("def (:\n")
-    monkeypatch.setattr(sources, "_stdlib", lambda: root)
+    for module in ("stdlib", "sources"):
+        monkeypatch.setattr(f"gradsmith.data.{module}.stdlib", lambda: root)
     return root
 
 

@@ -29,6 +29,25 @@ def test_json_holds_the_machine_the_versions_and_the_table(
     assert set(found["kernels"]["ops"]["rms_norm"]) == set(backends.BACKENDS)
 
 
+def test_the_products_of_this_level_are_timed(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    rows = {row["precision"]: row for row in found["products"]}
+    assert list(rows) == ["bf16", "fp16", "fp32"]
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        assert rows[name]["backend"] == backends.chosen("linear", "cpu", dtype)
+        for measured in ("forward", "forward+backward"):
+            assert 1e7 < rows[name][measured] < 1e14  # between a slow loop and a whole cluster
+    bf16 = backends.fast_bf16("cpu")
+    if not torch.cuda.is_available() and bf16.ratio is not None:
+        assert found["precision"]["auto"] == ("bf16" if bf16.ratio >= 1 else "fp32")
+        assert f"about {bf16.ratio} times as fast as in fp32" in found["precision"]["why"]
+    assert main(["doctor"]) == 0
+    out = capfd.readouterr().out
+    assert "Linear layers on this CPU" in out
+    assert "GFLOP/s" in out
+
+
 def test_features_are_those_of_the_processor() -> None:
     flags = Path("/proc/cpuinfo").read_text()
     features = doctor.examine()["machine"]["features"]

@@ -16,14 +16,17 @@ import torch
 import yaml
 from conftest import run_ranks
 
+from gradsmith import ranks
 from gradsmith.data.loader import Loader
 from gradsmith.data.packing import Sequences
 from gradsmith.data.prepare import prepare
 from gradsmith.models.build import build_model
 from gradsmith.recipe import Recipe, load_recipe
 from gradsmith.run import Run
+from gradsmith.tasks import make_task
 from gradsmith.training import engine as engines
 from gradsmith.training import loop
+from gradsmith.training.session import Session, build
 
 Tiny = Callable[..., Recipe]
 STEPS = 3
@@ -33,18 +36,20 @@ GRADIENT_TOLERANCE = 2e-6
 LOSS_TOLERANCE = {"fp32": 2e-6, "bf16": 4e-3}
 
 
-def first_gradient(session: loop.Session) -> dict[str, torch.Tensor]:
+def first_gradient(session: Session) -> dict[str, torch.Tensor]:
     """The gradient that DeepSpeed is about to step with, whole, before clipping."""
     from deepspeed.utils import safe_get_full_grad
 
     engine, recipe, found = session.engine, session.recipe, {}
-    rank, world = engines.rank(), engines.world()
-    batches = session.loader.micro_batches(
-        session.step, rank=rank, world=world, micro_batch=recipe.training.micro_batch
+    rank, world = ranks.rank(), ranks.world()
+    batches = list(
+        session.loader.micro_batches(
+            session.step, rank=rank, world=world, micro_batch=recipe.training.micro_batch
+        )
     )
-    targets = session.loader.target_tokens(session.step)
+    targets = session.loader.items(session.step)
     for number, batch in enumerate(batches):
-        nll = loop.nll_sum(engine, batch, session.fused_loss)
+        nll = session.task.loss(engine, batch)
         engine.backward(nll * (world / targets), scale_wrt_gas=False)
         if number < len(batches) - 1:
             engine.step()
@@ -59,21 +64,21 @@ def first_gradient(session: loop.Session) -> dict[str, torch.Tensor]:
 def main(*recipes: str) -> None:
     from safetensors.torch import save_file
 
-    engines.init_distributed()
+    ranks.init_distributed()
     for path in recipes:
         recipe = load_recipe(path)
-        session = loop._build(recipe, Run(recipe.output), fresh=True)
+        session = build(recipe, Run(recipe.output), fresh=True)
         gradients = first_gradient(session)
         engines.set_learning_rate(session.engine, 0.0)
         session.engine.step()  # an empty step ends the accumulation
-        session = loop._build(recipe, Run(recipe.output), fresh=True)
+        session = build(recipe, Run(recipe.output), fresh=True)
         losses = []
         for _ in range(STEPS):
             engines.set_learning_rate(session.engine, 1e-3)
             loss, norm, _ = loop.optimizer_step(session)
             losses.append([loss, norm])
             session.step += 1
-        if engines.rank() == 0:
+        if ranks.rank() == 0:
             save_file(gradients, path + ".safetensors")
             Path(path + ".json").write_text(json.dumps(losses))
 
@@ -169,10 +174,12 @@ def test_gradient_is_that_of_the_mean_over_all_targets(results: Callable, tiny: 
     gradients, _ = results(2, 2, 4)
     recipe = tiny("plain", **{"training.precision": "fp32", "model.kernels": False})
     data = prepare(recipe, log=lambda _: None)
-    model = build_model(recipe, data)
-    loader = Loader(loop._sequences(recipe, data, "train"), seed=recipe.seed, global_batch=8)
-    batch = loader.micro_batches(0, rank=0, world=1, micro_batch=8)[0]
-    (loop.nll_sum(model, batch) / loader.target_tokens(0)).backward()
+    task = make_task(recipe, data.processor(recipe))
+    model = build_model(recipe, task)
+    dataset = task.processor.dataset(data.split("train"))
+    loader = Loader(dataset, seed=recipe.seed, global_batch=8)
+    batch = next(loader.micro_batches(0, rank=0, world=1, micro_batch=8))
+    (task.loss(model, batch) / loader.items(0)).backward()
     assert_same_gradients(gradients, {n: p.grad for n, p in model.named_parameters()})
 
 
@@ -192,7 +199,8 @@ def test_packing_changes_nothing(tiny: Tiny, tmp_path: Path) -> None:
         },
     )
     data = prepare(recipe, log=lambda _: None)
-    model = build_model(recipe, data)
+    task = make_task(recipe, data.processor(recipe))
+    model = build_model(recipe, task)
     found = []
     for packing in (True, False):
         sequences = Sequences(data.split("train"), 256, packing, "chat", data.manifest["pad_id"])
@@ -200,7 +208,7 @@ def test_packing_changes_nothing(tiny: Tiny, tmp_path: Path) -> None:
         model.zero_grad()
         total = 0.0
         for batch in loader.micro_batches(0, rank=0, world=1, micro_batch=1):
-            loss = loop.nll_sum(model, batch) / loader.target_tokens(0)
+            loss = task.loss(model, batch) / loader.items(0)
             loss.backward()
             total += loss.item()
         found.append((total, len(sequences), {n: p.grad for n, p in model.named_parameters()}))
@@ -212,4 +220,4 @@ def test_packing_changes_nothing(tiny: Tiny, tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
-    engines.end_rank(0)
+    ranks.end_rank(0)

@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from gradsmith.data.loader import Batch, evaluation_batches
-from gradsmith.data.packing import Sequences
+from gradsmith import ranks
+from gradsmith.data.loader import Batch
 from gradsmith.data.prepare import prepare
-from gradsmith.evaluation.evaluate import rouge_l, target_text
-from gradsmith.evaluation.metrics import SUMS, batch_sums, evaluate_split, summarize
+from gradsmith.evaluation.measure import measure as measure_sums
 from gradsmith.recipe import parse_recipe
+from gradsmith.run import Run
+from gradsmith.tasks import make_task
+from gradsmith.tasks.language_modeling.baselines import target_text
+from gradsmith.tasks.language_modeling.samples import rouge_l
 
 
 def tiny_llama(vocab_size: int, seed: int = 0, dtype: torch.dtype = torch.float32):
@@ -61,10 +64,16 @@ def prepared(request, tmp_path_factory):
 
 
 def measure(model, prepared, *, packing=True, batch=4, limit=None, sequence_length=128):
-    return evaluate_split(
-        model, prepared, "test", sequence_length=sequence_length, packing=packing, batch=batch,
-        limit=limit,
-    )  # fmt: skip
+    task = opened(prepared, packing=packing, sequence_length=sequence_length)
+    rows = task.processor.dataset(prepared.split("test"))
+    return task.summarize(measure_sums(task, model, rows, batch=batch, limit=limit))
+
+
+def opened(prepared, **data):
+    """The task of prepared data, with other settings of its rows."""
+    recipe = Run(prepared.folder.parent).recipe()
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=data)})
+    return make_task(recipe, prepared.processor(recipe))
 
 
 def test_the_bytes_are_those_of_the_raw_text(prepared):
@@ -122,23 +131,23 @@ def test_a_limit_takes_the_first_sequences(prepared):
     assert 0 < found["target_tokens"] < measure(model, prepared)["target_tokens"]
 
 
-def test_ranks_add_up_to_one(prepared):
+def test_ranks_add_up_to_one(prepared, monkeypatch):
     """What the training loop does on several ranks: sums add, padding rows count nothing."""
     model = tiny_llama(prepared.manifest["vocab_size"])
-    sizes = torch.from_numpy(prepared.token_bytes().astype(np.int64))
-    manifest = prepared.manifest
-    sequences = Sequences(prepared.split("test"), 128, True, prepared.task, manifest["pad_id"])
-    world = 3
-    total = torch.zeros(len(SUMS), dtype=torch.float64)
-    for rank in range(world):
-        for batch in evaluation_batches(sequences, rank=rank, world=world, batch=2):
-            total += batch_sums(model, batch, sizes)
+    task = opened(prepared, packing=True, sequence_length=128)
+    rows = task.processor.dataset(prepared.split("test"))
+    total = torch.zeros(5, dtype=torch.float64)
+    monkeypatch.setattr(ranks, "world", lambda: 3)
+    for rank in range(3):
+        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+        total += measure_sums(task, model, rows, batch=2)
+    monkeypatch.undo()
     for key, value in measure(model, prepared).items():
-        assert summarize(total)[key] == pytest.approx(value, rel=1e-5), key
+        assert task.summarize(total)[key] == pytest.approx(value, rel=1e-5), key
 
 
 @pytest.mark.parametrize("kernels", [False, True])
-def test_packed_documents_do_not_see_each_other(kernels):
+def test_packed_documents_do_not_see_each_other(prepared, kernels):
     """Documents A and B in one row: changing A changes nothing in B's share of the sums, and B
     costs what it costs alone."""
     model = tiny_llama(50)
@@ -146,30 +155,39 @@ def test_packed_documents_do_not_see_each_other(kernels):
         from gradsmith_kernels import accelerate
 
         accelerate(model)
-    sizes = torch.ones(50, dtype=torch.int64)
+    task = opened(prepared)
+
+    def sums(batch):
+        return task.metric_sums(task.outputs(model, batch), batch)
+
     random = torch.Generator().manual_seed(1)
     first, other, second = torch.randint(50, (3, 12), generator=random)
     position = torch.arange(12)
     ignored = torch.full((12,), -100)
     labels_of_second = torch.cat([second[1:], ignored[:1]])
 
-    def second_behind(document):
+    def batch(ids, labels, positions):
         return Batch(
-            input_ids=torch.cat([document, second])[None],
-            labels=torch.cat([ignored, labels_of_second])[None],
-            position_ids=torch.cat([position, position])[None],
+            {"input_ids": ids[None], "position_ids": positions[None]}, {"labels": labels[None]}
         )
 
-    alone = Batch(second[None], labels_of_second[None], position[None])
-    a, b = (batch_sums(model, second_behind(d), sizes) for d in (first, other))
+    def second_behind(document):
+        return batch(
+            torch.cat([document, second]),
+            torch.cat([ignored, labels_of_second]),
+            torch.cat([position, position]),
+        )
+
+    alone = batch(second, labels_of_second, position)
+    a, b = (sums(second_behind(d)) for d in (first, other))
     torch.testing.assert_close(a, b, rtol=0, atol=0)
-    torch.testing.assert_close(a, batch_sums(model, alone, sizes), rtol=1e-6, atol=0)
+    torch.testing.assert_close(a, sums(alone), rtol=1e-6, atol=0)
     # and the test can see a leak: without restarting positions there is one
     joined = [
-        Batch(row.input_ids, row.labels, torch.arange(24)[None])
+        Batch({**row.inputs, "position_ids": torch.arange(24)[None]}, row.labels)
         for row in (second_behind(first), second_behind(other))
     ]
-    c, d = (batch_sums(model, row, sizes)[0] for row in joined)
+    c, d = (sums(row)[0] for row in joined)
     assert abs(c - d) > 1e-3 * abs(c)
 
 
@@ -194,8 +212,8 @@ def test_a_part_of_a_split_is_a_seeded_choice_of_whole_documents(prepared):
     assert sorted(target_text(prepared, "train", at_most=1 << 30)) == sorted(whole)
 
 
-def test_nothing_counted_is_no_number():
-    found = summarize(torch.zeros(len(SUMS), dtype=torch.float64))
+def test_nothing_counted_is_no_number(prepared):
+    found = opened(prepared).summarize(torch.zeros(5, dtype=torch.float64))
     assert math.isnan(found["loss"])
     assert math.isnan(found["bits_per_byte"])
 

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import yaml
 
+from gradsmith.blocks import BASE
 from gradsmith.errors import UserError
-from gradsmith.evaluation.evaluate import evaluate, format_evaluation
+from gradsmith.evaluation.evaluate import evaluate
 from gradsmith.evaluation.generate import generate
 from gradsmith.report.build import build_report
+from gradsmith.report.terminal import format_evaluation
 from gradsmith.run import Run, read_json, write_json
 
 
@@ -89,6 +91,16 @@ def found_fine_tuned(fine_tuned):
     return evaluate(fine_tuned)
 
 
+def base_values(found: dict) -> dict[str, float]:
+    return next(row["values"] for row in found["results"] if row["name"] == BASE)
+
+
+def samples_of(found: dict) -> list[list[str]]:
+    """Of each sample: the prompt, what the model says, what its base says, the reference."""
+    (block,) = (block for block in found["blocks"] if block["kind"] == "samples")
+    return [[part["text"] for part in sample] for sample in block["samples"]]
+
+
 def test_a_pretrained_run(pretrained, found_pretrained):
     found = found_pretrained
     assert found == read_json(pretrained.evaluation_path)
@@ -96,40 +108,47 @@ def test_a_pretrained_run(pretrained, found_pretrained):
     size = sum(len(row["text"].encode()) for row in raw)
     assert found["metrics"]["bytes"] == size
     assert found["step"] == 6
-    assert found["base"] is None
-    for yardstick in ("xz", "ngram"):
-        assert found["yardsticks"][yardstick]["bytes"] == size
-        assert 0.5 < found["yardsticks"][yardstick]["bits_per_byte"] < 8
+    ours, *baselines = found["results"]
+    assert ours["ours"]
+    assert ours["values"] == found["metrics"]
+    assert found["sums"][2] == size
+    assert [row["name"][:6] for row in baselines] == ["xz -9e", "xz -9e", "byte 8"]
+    for row in baselines:
+        assert row["values"]["bytes"] == size
+        assert 0.5 < row["values"]["bits_per_byte"] < 8
     texts = [row["text"] for row in raw]
-    for sample in found["samples"]:
-        whole = sample["prompt"] + sample["reference"]
-        assert any(text.startswith(whole) for text in texts)
-    assert len(found["samples"]) == 2
+    samples = samples_of(found)
+    for prompt, _, reference in samples:
+        assert any(text.startswith(prompt + reference) for text in texts)
+    assert len(samples) == 2
 
 
 def test_a_fine_tuned_run_stands_beside_its_base(fine_tuned, found_fine_tuned, pretrained):
     found = found_fine_tuned
-    assert found["metrics"]["loss"] < found["base"]["loss"]
-    assert found["metrics"]["bytes"] == found["base"]["bytes"]
-    assert found["metrics"]["rouge_l_pairs"] == found["base"]["rouge_l_pairs"] > 0
+    base = base_values(found)
+    assert found["metrics"]["loss"] < base["loss"]
+    assert found["metrics"]["bytes"] == base["bytes"]
+    assert found["metrics"]["rouge_l_pairs"] == base["rouge_l_pairs"] > 0
     assert 0 <= found["metrics"]["rouge_l"] <= 1
     raw = [json.loads(line) for line in (fine_tuned.data / "test/documents.jsonl").open()]
     answers = [row["messages"][-1]["content"] for row in raw]
     assert found["metrics"]["bytes"] == sum(len(answer.encode()) for answer in answers)
-    for sample in found["samples"]:
-        assert sample["reference"] in answers
-        assert sample["base_output"] is not None
+    for _, _, of_base, reference in samples_of(found):
+        assert reference in answers
+        assert of_base is not None
 
     # The base is the pretrained model itself, not the adapter's.
-    from gradsmith.data.shards import PreparedData
-    from gradsmith.evaluation.metrics import evaluate_split
+    from gradsmith.data.prepared import PreparedData
+    from gradsmith.evaluation.measure import measure
     from gradsmith.models.build import load_for_inference
+    from gradsmith.tasks import make_task
 
     model, _ = load_for_inference(pretrained.folder)
-    alone = evaluate_split(
-        model, PreparedData.open(fine_tuned.data), "test", sequence_length=64, packing=True, batch=2
-    )
-    assert found["base"]["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+    recipe, data = fine_tuned.recipe(), PreparedData.open(fine_tuned.data)
+    task = make_task(recipe, data.processor(recipe))
+    rows = task.processor.dataset(data.split("test"))
+    alone = task.summarize(measure(task, model, rows, batch=2))
+    assert base["loss"] == pytest.approx(alone["loss"], rel=1e-5)
 
 
 def test_a_chat_run_answers_through_its_template(fine_tuned):
@@ -167,7 +186,7 @@ def test_the_table_and_the_report(
     for result in found:
         console.print(format_evaluation(result))
     text = console.export_text()
-    for expected in ("model", "fine-tuned", "base", "xz -9e", "8-gram", "ROUGE-L"):
+    for expected in ("model", "fine-tuning", "base", "xz -9e", "8-gram", "ROUGE-L"):
         assert expected in text
     page = build_report([pretrained, fine_tuned], tmp_path / "report.html").read_text()
     for result in found:

@@ -11,10 +11,10 @@ import pytest
 import torch
 from conftest import tiny_tree, with_overrides
 
+from gradsmith import gguf
 from gradsmith.checks import check_recipe
 from gradsmith.errors import UserError
 from gradsmith.evaluation.evaluate import evaluate
-from gradsmith.models import gguf
 from gradsmith.models.build import load_for_inference
 from gradsmith.models.export import export
 from gradsmith.recipe import Recipe, parse_recipe

@@ -12,29 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from conftest import write_project, write_recipe
 
 from gradsmith.__main__ import main
 
-RECIPE = """
-name: tiny
-output: run
-data:
-  sources: [{kind: text, path: texts}]
-  split: {validation: 0.2, test: 0.2}
-  tokenizer: {train: {vocab_size: 300}}
-  sequence_length: 32
-model:
-  architecture: llama
-  config: {hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 4}
-training:
-  steps: 2
-  global_batch: 4
-  micro_batch: 2
-  precision: fp32
-  checkpoint: {every: 2}
-evaluation: {yardsticks: [xz], generation: {count: 1, max_new_tokens: 2}}
-"""
+EVALUATION = {"yardsticks": ["xz"], "generation": {"count": 1, "max_new_tokens": 2}}
 MODEL = "run/checkpoints/step-000002/model"
 
 
@@ -44,10 +26,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        Path("r.yaml").write_text(RECIPE)
-        Path("texts").mkdir()
-        for number in range(40):
-            Path("texts", f"{number}.txt").write_text(f"This is number {number} of forty.\n" * 8)
+        write_project(folder, evaluation=EVALUATION, **{"training.checkpoint.every": 2})
         assert main(["train", "r.yaml"]) == 0
         assert main(["evaluate", "run"]) == 0
         shutil.copytree(MODEL, "model")
@@ -128,6 +107,8 @@ def test_yaml(text: bytes, said: str, here: Path, refused: Refused) -> None:
         ("training.steps=" + "9" * 30, "less than or equal"),
         ("training.optimizer.eps=1e-300", "greater than or equal"),
         ("training.optimizer.name=adamW", 'Did you mean "adamw"'),
+        ("training.optimizer.name=[]", "training.optimizer.name"),
+        ("training.optimizer.name={a: 1}", "training.optimizer.name"),
         ("evaluation.generation.temperature=1e-40", "0 takes the likeliest token"),
         ("evaluation.generation.temperature=.inf", "less than or equal to 100"),
         ("model.config.num_hidden_layers=0", "allowed are 1 to 1000"),
@@ -347,14 +328,10 @@ def test_a_template_is_bounded(
     assert said in refused("generate", "model", "--chat", "--prompt", "x")
     rows = [{"prompt": f"question {i}", "response": f"answer {i}"} for i in range(20)]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tree = yaml.safe_load(RECIPE) | {"output": "chat"}
-    tree["data"] |= {
-        "task": "chat",
-        "sources": [{"kind": "jsonl", "path": "rows.jsonl", "prompt": "prompt",
-                     "response": "response"}],
-        "chat": {"template": "model/chat_template.jinja"},
-    }  # fmt: skip
-    Path("chat.yaml").write_text(yaml.safe_dump(tree))
+    rows_of = {"kind": "jsonl", "path": "rows.jsonl", "prompt": "prompt", "response": "response"}
+    chat = {"template": "model/chat_template.jinja"}
+    changes = {"output": "chat", "data.task": "chat", "data.sources": [rows_of], "data.chat": chat}
+    write_recipe("chat.yaml", **changes)
     err = refused("prepare", "chat.yaml")
     assert said in err
     assert "rows.jsonl:" in err

@@ -6,55 +6,26 @@ import json
 import os
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
+from conftest import start, write_project
 
 from gradsmith.__main__ import main
 from gradsmith.errors import UserError
 from gradsmith.launch import physical_cores, read_hostfile
-
-TINY: dict[str, Any] = {
-    "name": "tiny",
-    "output": "run",
-    "data": {
-        "sources": [{"kind": "text", "path": "texts"}],
-        "split": {"validation": 0.2, "test": 0.0},
-        "tokenizer": {"train": {"vocab_size": 300}},
-        "sequence_length": 32,
-    },
-    "model": {
-        "architecture": "llama",
-        "config": {
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-        },
-    },
-    "training": {
-        "steps": 2,
-        "global_batch": 4,
-        "micro_batch": 2,
-        "precision": "fp32",
-        "optimizer": {"lr": 1e-3},
-    },
-}
 
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
-    (tmp_path / "texts").mkdir()
-    for number in range(20):
-        (tmp_path / "texts" / f"{number}.txt").write_text(f"This is number {number}.\n" * 8)
+    write_project(tmp_path, "tiny.yaml", **{"data.split.test": 0.0})
     (tmp_path / "hosts").write_text("# two machines\nnode0 slots=1\n\nnode1 slots=1\n")
     return tmp_path
 
@@ -186,7 +157,7 @@ def test_the_sbatch_script_starts_launch_on_each_node(
     directives = re.findall(r"^#SBATCH --(.*)$", script, flags=re.MULTILINE)
     assert {"job-name=tiny", "nodes=2", "ntasks-per-node=1", "time=1:00:00"} <= set(directives)
     assert {"partition=gpu", "gpus-per-node=1", f"chdir={here}"} <= set(directives)
-    assert "output=run/logs/slurm-%j.out" in directives
+    assert f"output={here}/run/logs/slurm-%j.out" in directives
     assert (here / "run" / "logs").is_dir()  # sbatch does not make it
 
     # Run it with stand-ins for Slurm's programs: this srun shows what node 1 would be told.
@@ -234,6 +205,33 @@ def test_slurm_dry_run_prints_the_script_and_writes_nothing(
     assert not (here / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("gets_on", "code", "queued"), [(True, 143, True), (False, 143, False), (True, 1, False)]
+)
+def test_near_the_time_limit_a_job_saves_and_is_queued_again(
+    gets_on: bool, code: int, queued: bool, here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*SLURM[:-1], "--dry-run"]) == 0
+    script = capfd.readouterr().out
+    assert {"#SBATCH --requeue", "#SBATCH --signal=B:USR1@120"} <= set(script.splitlines())
+    # A srun whose ranks save when they are told, as `scancel` tells them.
+    save = "mkdir -p run/checkpoints/step-000007; " if gets_on else ""
+    srun = f"trap '{save}exit {code}' TERM; echo $$ > srun.pid; while :; do sleep 0.05; done"
+    program(here / "bin", "srun", srun)
+    program(here / "bin", "scancel", 'echo "$@" >> told; kill -TERM "$(cat srun.pid)"')
+    program(here / "bin", "scontrol", 'case $1 in show) echo node0;; *) echo "$@" >> told;; esac')
+    environment = {"SLURM_JOB_NODELIST": "node0", "SLURM_JOB_ID": "77"}
+    environment |= {"PATH": f"{here / 'bin'}:/usr/bin:/bin"}
+    shell = subprocess.Popen(["bash", "-c", script], env=environment)
+    while not (here / "srun.pid").is_file() or not (here / "srun.pid").read_text().strip():
+        assert shell.poll() is None
+        time.sleep(0.02)
+    shell.send_signal(signal.SIGUSR1)
+    assert shell.wait(timeout=60) == code
+    told = (here / "told").read_text().splitlines()
+    assert told == ["--signal=TERM 77.0", *(["requeue 77"] if queued else [])]
+
+
 # --------------------------------------------------------------------------- what a shell would do
 
 PAYLOADS = ["; touch pwned", "$(touch pwned)", "`touch pwned`", "'; touch pwned; '", "a b#c%j",
@@ -250,7 +248,8 @@ def test_a_script_hands_on_every_word_as_it_was(
     place.mkdir()
     recipe = Path(f"{payload}.yaml")
     (here / "tiny.yaml").rename(here / recipe)
-    output = "run" if payload in ("~", "${HOME}") else payload  # which a path takes for the home
+    # a path takes two of them for the home, and sbatch drops a backslash
+    output = "run" if payload in ("~", "${HOME}", "\\") else payload
     overrides = [f"data.chat.system={json.dumps(payload)}", f"output={json.dumps(output)}"]
     job = ["launch", "--slurm", "--nodes", "2", "--nproc", "1", "--sbatch", f"comment={payload}",
            "--dry-run", f"./{recipe}", *overrides, "--", payload]  # fmt: skip
@@ -262,7 +261,8 @@ def test_a_script_hands_on_every_word_as_it_was(
         if line.startswith("#SBATCH ")
     ]
     assert [f"--comment={payload}"] in directives
-    assert [f"--output={output.replace('%', '%%')}/logs/slurm-%j.out"] in directives
+    path = f"{here}/{output}".replace("%", "%%")
+    assert [f"--output={path}/logs/slurm-%j.out"] in directives
     assert [f"--chdir={here}"] in directives
     assert all(len(words) == 1 for words in directives)
 
@@ -306,6 +306,24 @@ def test_nothing_with_a_line_break_gets_into_a_script(
     out, err = capfd.readouterr()
     assert out == ""
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("place", ["a\\b", "w%j"])
+def test_what_sbatch_does_with_paths(
+    place: str, here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (here / place).mkdir()
+    monkeypatch.chdir(here / place)
+    texts = "data.sources.0.path=../texts"
+    code = main(["launch", "--slurm", "--nodes", "2", "--nproc", "1", "../tiny.yaml", texts])
+    if "%" in place:  # in --output it fills in what stands behind one, in --chdir it does not
+        script = Path("run/launch.sbatch").read_text()
+        assert f"#SBATCH --chdir={here}/{place}\n" in script
+        assert f"#SBATCH --output={here}/w%%j/run/logs/slurm-%j.out\n" in script
+    else:
+        assert code == 2
+        assert "sbatch takes no path with a \\ in it" in capfd.readouterr().err
+        assert not Path("run").exists()
 
 
 @pytest.mark.parametrize(
@@ -364,16 +382,6 @@ def test_a_working_directory_with_a_space_is_no_place_for_a_hostfile(
 # ------------------------------------------------------------------------------ real processes
 
 
-def gradsmith(*arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "gradsmith", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     out, err = process.communicate(timeout=240)
     return process.returncode, out, err
@@ -389,7 +397,7 @@ def world(run: Path) -> int:
 
 
 def test_two_ranks_and_two_nodes_train_alike(here: Path) -> None:
-    code, _, err = finish(gradsmith("launch", "--nproc", "2", "tiny.yaml", "output=one-node"))
+    code, _, err = finish(start("launch", "--nproc", "2", "tiny.yaml", "output=one-node"))
     assert code == 0, err
 
     with socket.socket() as free:
@@ -397,7 +405,7 @@ def test_two_ranks_and_two_nodes_train_alike(here: Path) -> None:
         port = free.getsockname()[1]
     where = ["--nnodes", "2", "--nproc", "1", "--master", f"127.0.0.1:{port}"]
     nodes = [
-        gradsmith("launch", *where, "--node-rank", rank, "tiny.yaml", "output=two-nodes")
+        start("launch", *where, "--node-rank", rank, "tiny.yaml", "output=two-nodes")
         for rank in ("0", "1")
     ]
     for code, _, err in map(finish, nodes):
@@ -410,7 +418,7 @@ def test_two_ranks_and_two_nodes_train_alike(here: Path) -> None:
 def test_deepspeeds_launcher_trains_on_a_hostfile(here: Path) -> None:
     (here / "hosts").write_text("localhost slots=2\n")
     alone = ["--no_ssh_check", "--master_addr", "127.0.0.1"]  # this machine may have no ssh
-    code, _, err = finish(gradsmith("launch", "--hostfile", "hosts", "tiny.yaml", "--", *alone))
+    code, _, err = finish(start("launch", "--hostfile", "hosts", "tiny.yaml", "--", *alone))
     assert code == 0, err
     provenance = json.loads((here / "run" / "provenance.json").read_text())
     assert provenance["threads"] == max(1, physical_cores() // 2)
@@ -420,7 +428,7 @@ def test_deepspeeds_launcher_trains_on_a_hostfile(here: Path) -> None:
 
 def test_a_wrong_recipe_ends_with_2_and_its_message_once(here: Path) -> None:
     code, out, err = finish(
-        gradsmith("launch", "--nproc", "2", "tiny.yaml", "model.config.hidden_sise=8")
+        start("launch", "--nproc", "2", "tiny.yaml", "model.config.hidden_sise=8")
     )
     assert code == 2, err
     assert out == ""
@@ -467,6 +475,6 @@ def test_how_a_rank_dies_is_told_without_a_stack_dump(
 
 
 def test_an_option_that_torchrun_does_not_know(here: Path) -> None:
-    code, _, err = finish(gradsmith("launch", "--nproc", "1", "tiny.yaml", "--", "--bogus"))
+    code, _, err = finish(start("launch", "--nproc", "1", "tiny.yaml", "--", "--bogus"))
     assert code == 2, err
     assert "torchrun does not understand the options after --" in err

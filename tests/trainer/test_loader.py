@@ -18,10 +18,11 @@ def sequences() -> Sequences:
 
 def global_batch(loader: Loader, step: int, world: int, micro_batch: int) -> torch.Tensor:
     ranks = [
-        loader.micro_batches(step, rank=rank, world=world, micro_batch=micro_batch)
+        list(loader.micro_batches(step, rank=rank, world=world, micro_batch=micro_batch))
         for rank in range(world)
     ]
-    return torch.cat([ranks[r][a].input_ids for a in range(len(ranks[0])) for r in range(world)])
+    batches = [ranks[r][a] for a in range(len(ranks[0])) for r in range(world)]
+    return torch.cat([batch.inputs["input_ids"] for batch in batches])
 
 
 def test_the_global_batch_is_the_same_for_any_ranks_and_accumulation(sequences):
@@ -68,13 +69,13 @@ def test_batches_are_int64_tensors_and_target_tokens_counts_them():
     split = build([4, 9, 6, 8, 3, 7], chat=True)
     loader = Loader(Sequences(split, 8, False, "chat", PAD), seed=0, global_batch=4)
     for step in range(5):
-        batches = loader.micro_batches(step, rank=0, world=1, micro_batch=2)
-        assert [b.input_ids.shape for b in batches] == [(2, 8), (2, 8)]
+        batches = list(loader.micro_batches(step, rank=0, world=1, micro_batch=2))
+        assert [b.inputs["input_ids"].shape for b in batches] == [(2, 8), (2, 8)]
         for batch in batches:
-            assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
-            assert batch.position_ids.dtype == torch.int64
-        counted = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
-        assert loader.target_tokens(step) == counted
+            assert batch.inputs["input_ids"].dtype == batch.labels["labels"].dtype == torch.int64
+            assert batch.inputs["position_ids"].dtype == torch.int64
+        counted = sum(int((batch.labels["labels"] != IGNORED).sum()) for batch in batches)
+        assert loader.items(step) == counted
 
 
 def test_what_does_not_divide_is_refused(sequences):
@@ -94,7 +95,7 @@ def test_evaluation_covers_each_row_once_in_batches_of_one_number(sequences, wor
         row.tolist()
         for batches in ranks
         for b in batches
-        for row, labels in zip(b.input_ids, b.labels, strict=True)
+        for row, labels in zip(b.inputs["input_ids"], b.labels["labels"], strict=True)
         if (labels != IGNORED).any()
     ]
     expected = [sequences[k].input_ids.tolist() for k in range(limit or len(sequences))]

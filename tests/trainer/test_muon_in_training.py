@@ -11,13 +11,18 @@ import pytest
 import torch
 from conftest import losses, tiny_tree, train_on_ranks, with_overrides
 
+from gradsmith import ranks
 from gradsmith.data.prepare import prepare
 from gradsmith.models.build import build_model
 from gradsmith.recipe import Recipe, parse_recipe
 from gradsmith.run import Run
+from gradsmith.tasks import make_task
 from gradsmith.training import engine as engines
 from gradsmith.training import loop
+from gradsmith.training.deepspeed_internals import shards
 from gradsmith.training.muon import partitions
+from gradsmith.training.optimizers import parameter_groups
+from gradsmith.training.session import Session, build
 
 Tiny = Callable[..., Recipe]
 # A gradient's last bit may flip a rounding to bfloat16, which the iteration spreads.
@@ -36,9 +41,10 @@ def settings(stage: int, offload: str = "none", **optimizer: Any) -> dict[str, A
 
 def test_hidden_matrices_go_to_muon_and_all_else_to_adamw(tiny: Tiny) -> None:
     recipe = tiny("run", **settings(0, adamw_lr=2e-3))
-    model = build_model(recipe, prepare(recipe, log=lambda _: None))
+    processor = prepare(recipe, log=lambda _: None).processor(recipe)
+    model = build_model(recipe, make_task(recipe, processor))
     names = {id(p): name for name, p in model.named_parameters()}
-    tables, gains, hidden = engines.parameter_groups(recipe, model)
+    tables, gains, hidden = parameter_groups(recipe, model)
     inside = {names[id(p)] for p in hidden["params"]}
     linear = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     assert inside == {
@@ -63,9 +69,9 @@ def test_the_rates_follow_the_schedule_in_their_ratio(tiny: Tiny) -> None:
     assert rates == {True: 5e-3, False: pytest.approx(1e-3)}
 
 
-def loop_session(recipe: Recipe) -> loop.Session:
-    engines.init_distributed()
-    return loop._build(recipe, Run(recipe.output), fresh=True)
+def loop_session(recipe: Recipe) -> Session:
+    ranks.init_distributed()
+    return build(recipe, Run(recipe.output), fresh=True)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -150,16 +156,15 @@ def test_two_ranks_resume_with_the_same_bits(
 
 def test_states_move_to_another_stage(tiny: Tiny) -> None:
     """momentum_buffer and the moments of AdamW, as they were saved, in other flat tensors."""
-    from gradsmith.training import checkpoint
 
     loop.train(tiny("run", **settings(2)))
     found: list[dict[str, torch.Tensor]] = []
     for stage in (2, 3):
         recipe = tiny("run", **settings(stage))
-        engines.init_distributed()
-        session = loop._build(recipe, Run(recipe.output), fresh=False)
+        ranks.init_distributed()
+        session = build(recipe, Run(recipe.output), fresh=False)
         values = {}
-        for piece in checkpoint.pieces(session.engine):
+        for piece in shards(session.engine):
             state = session.engine.basic_optimizer.state[piece.owner]
             keys = {"momentum_buffer", "exp_avg", "exp_avg_sq"} & set(state)
             values |= {f"{piece.name}:{key}": piece.of(state[key]).clone() for key in keys}

@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gradsmith.data.columns import ColumnWriter
 from gradsmith.data.packing import IGNORED, Sequences, best_fit
-from gradsmith.data.shards import ShardWriter, TokenSplit
+from gradsmith.data.text import ChatProcessor, TextProcessor, TokenSplit
 
 PAD = 999_999
 VOCAB = 1_000_000
@@ -25,14 +26,15 @@ def build(lengths: list[int], chat: bool, seed: int = 0) -> TokenSplit:
     """Documents of unique ids with a gap between two; in chat some tokens are targets."""
     random, at = np.random.default_rng(seed), 0
     with tempfile.TemporaryDirectory() as folder:
-        writer = ShardWriter(Path(folder), VOCAB, with_targets=chat)
+        columns = (ChatProcessor if chat else TextProcessor).stored({"vocab_size": VOCAB})
+        writer = ColumnWriter(Path(folder), columns)
         for length in lengths:
             targets = random.random(length) < 0.5
             targets[0] = False
-            writer.add(np.arange(at, at + length), targets if chat else None)
+            writer.add({"tokens": np.arange(at, at + length), "targets": targets})
             at += length + 1
         writer.close()
-        return TokenSplit(Path(folder), VOCAB)  # what is mapped outlives its name
+        return TokenSplit(Path(folder), columns)  # what is mapped outlives its name
 
 
 def targets_of(split: TokenSplit) -> list[int]:
@@ -73,7 +75,7 @@ def test_each_target_is_one_label_and_nothing_leaks(lengths, S, packing, chat):
                 assert labels[t] == ids[t] + 1
                 labelled.append(int(labels[t]))
                 count += 1
-        assert count == rows.row_targets[k]
+        assert count == rows.items[k]
     assert Counter(labelled) == Counter(targets_of(split))
     assert rows.target_tokens == len(labelled)
 

@@ -16,7 +16,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gradsmith.data.shards import PreparedData
+from gradsmith.data.prepared import PreparedData
 from gradsmith.errors import UserError
 from gradsmith.launch import read_hostfile
 from gradsmith.reading import read_json
@@ -37,6 +37,17 @@ RECIPE = {
     "training": {"steps": 2, "optimizer": {"name": "adamw", "betas": [0.9, 0.95]}},
     "evaluation": {"generation": {"prompts": ["a"]}},
 }
+CLASSES = RECIPE | {
+    "data": {"task": "text_classification", "tokenizer": {"train": {}},
+             "sources": [{"kind": "csv", "path": "a.csv", "delimiter": ";", "columns": ["a"]}]},
+    "objective": {"class_weights": {"a": 1.0, "b": 2}, "label_smoothing": 0.1},
+}  # fmt: skip
+del CLASSES["evaluation"]
+PAIRS = CLASSES | {
+    "data": {"task": "preference", "tokenizer": {"train": {}},
+             "sources": [{"kind": "jsonl", "path": "a", "chosen": "b"}]},
+    "objective": {"name": "kto", "beta": 0.1, "desirable_weight": 1},
+}  # fmt: skip
 FILE = {"bytes": 1, "sha256": "0"}
 SPLIT = {"documents": 1, "tokens": 2, "target_tokens": 1, "bytes": 3, "eos_targets": 1,
          "files": {"tokens.bin": FILE}}  # fmt: skip
@@ -50,22 +61,34 @@ MANIFEST = {
 }  # fmt: skip
 ROW = {"kind": "train", "step": 1, "tokens": 2, "loss": 1.5, "lr": 0.1, "grad_norm": 1.0,
        "tokens_per_second": 9.0, "time": 1.0}  # fmt: skip
-MEASURED = {"bits_per_byte": 1.0, "loss": 1.0, "perplexity": 2.0, "accuracy": 0.5,
-            "target_tokens": 3, "bytes": 4}  # fmt: skip
+DEFINITION = {"name": "loss", "title": "Loss", "unit": "nats", "greater_is_better": False,
+              "format": ".3f"}  # fmt: skip
 EVALUATION = {
-    "split": "test", "step": 1, "task": "chat", "metrics": MEASURED, "base": MEASURED,
-    "yardsticks": {
-        "xz": {"bits_per_byte": 1.0, "primed_bits_per_byte": None, "train_bytes": 3},
-        "ngram": {"bits_per_byte": 1.0, "order": 8, "train_bytes": 3},
-    },
-    "samples": [{"prompt": "a", "output": "b", "reference": None, "base_output": "c"}],
-    "generation": {"temperature": 0.7},
+    "split": "test", "step": 1, "task": "chat", "definitions": [DEFINITION],
+    "results": [{"name": "a", "values": {"loss": 1.0}, "ours": True, "note": "n"},
+                {"name": "b", "values": {"loss": 2.0}}],
+    "lead": "l", "note": "n",
+    "blocks": [
+        {"kind": "samples", "title": "t", "samples": [[{"name": "a", "text": "b", "ours": True}]],
+         "settings": {"temperature": 0.7}},
+        {"kind": "matrix", "title": "t", "rows": ["a", "b"], "columns": ["a", "b"],
+         "row_title": "r", "column_title": "c", "values": [[1, 2], [3, 4]]},
+        {"kind": "bars", "title": "t", "format": ".1%",
+         "bars": [{"name": "a", "value": 1.0, "low": 0.5, "high": 1.5}]},
+        {"kind": "chart", "title": "t", "x": "x", "y": "y",
+         "lines": [{"name": "a", "points": [[0, 1], [1, 2]], "band": [[0, 0, 2], [1, 1, 3]]}],
+         "references": [{"name": "r", "value": 1.5}]},
+        {"kind": "table", "title": "t", "columns": [{"name": "a"}, {"name": "b", "format": ".2f"}],
+         "rows": [["x", 1.0], [None, 2]]},
+        {"kind": "images", "title": "t", "images": [{"png": "iVBORw0KGgo=", "caption": "c"}]},
+    ],
 }  # fmt: skip
 PROVENANCE = {
     "created": "2026", "command": ["a"], "cpu": "c", "cores": 2, "world": 1, "threads": 1,
     "parameters": 3, "trainable_parameters": 2, "seconds": 1.5, "versions": {"torch": "2"},
     "git": {"commit": "0", "dirty": False}, "zero": {"stage": 1}, "backends": {"a": "cpu"},
     "accelerate": {"replaced": {"m": ["rms_norm", "cpu"]}, "left_alone": {"n": "why"}},
+    "unit": "tokens", "metrics": [DEFINITION],
 }  # fmt: skip
 
 # Values that a key does not expect, small and absurd.
@@ -134,6 +157,8 @@ def as_yaml(tree: Any) -> str:
 
 READERS: dict[str, tuple[str, st.SearchStrategy[bytes], Callable[[Path], object]]] = {
     "recipe": ("r.yaml", texts(RECIPE, as_yaml), lambda f: load_recipe(f / "r.yaml")),
+    "recipe of classes": ("r.yaml", texts(CLASSES, as_yaml), lambda f: load_recipe(f / "r.yaml")),
+    "recipe of pairs": ("r.yaml", texts(PAIRS, as_yaml), lambda f: load_recipe(f / "r.yaml")),
     "override": (
         "override",
         st.builds(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 import yaml
 
 from gradsmith.errors import UserError
-from gradsmith.recipe import Node, Recipe, load_recipe, parse_recipe, recipe_schema
+from gradsmith.recipe import RECIPES, Node, Variant, load_recipe, parse_recipe, recipe_schema
+from gradsmith.recipe.reading import _nodes_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -303,21 +305,22 @@ def test_ranks_that_do_not_divide_the_batch_are_refused() -> None:
         parse_recipe(GOOD).training.accumulation(3)
 
 
+def nodes(schema: dict[str, Any], node: dict[str, Any]) -> list[dict[str, Any]]:
+    """The branches that a part of a JSON schema may stand for."""
+    if reference := node.get("$ref"):
+        return nodes(schema, schema["$defs"][reference.rpartition("/")[2]])
+    options = [node.get("items", {}), *(node.get(key, []) for key in ("anyOf", "oneOf", "allOf"))]
+    flat = [part for option in options for part in ([option] if option is options[0] else option)]
+    own = [node] if "properties" in node else []
+    return own + [found for part in flat if part for found in nodes(schema, part)]
+
+
 def keys_of(schema: dict[str, Any], node: dict[str, Any], above: str = "") -> set[str]:
     """Every dotted key of a JSON schema, list items as their own level without an index."""
     found = set()
-    for name, child in node.get("properties", {}).items():
-        key = f"{above}{name}"
-        found.add(key)
-        for option in (
-            child,
-            child.get("items", {}),
-            *child.get("anyOf", []),
-            *child.get("allOf", []),
-        ):
-            if reference := option.get("$ref"):
-                inner = schema["$defs"][reference.rpartition("/")[2]]
-                found |= keys_of(schema, inner, f"{key}.")
+    for branch in nodes(schema, node):
+        for name, child in branch["properties"].items():
+            found |= {f"{above}{name}", *keys_of(schema, child, f"{above}{name}.")}
     return found
 
 
@@ -327,7 +330,9 @@ def test_the_schema_uses_the_names_of_the_yaml_and_refuses_others() -> None:
     assert {"model.from", "data.tokenizer.from", "training.validate.every"} <= keys
     assert {"data.sources.kind", "model.adapter.rank", "training.zero.offload"} <= keys
     assert not any(key.endswith("_") for key in keys)
-    assert all(node["additionalProperties"] is False for node in schema["$defs"].values())
+    branches = [branch for part in schema["$defs"].values() for branch in nodes(schema, part)]
+    assert len(branches) > 40
+    assert all(branch["additionalProperties"] is False for branch in branches)
 
 
 def test_the_reference_names_every_key_with_its_default() -> None:
@@ -335,27 +340,24 @@ def test_the_reference_names_every_key_with_its_default() -> None:
     rows = dict(re.findall(r"^\| `([a-z0-9_.]+)` \|(.*)$", reference, flags=re.MULTILINE))
     schema = recipe_schema()
     assert set(rows) == keys_of(schema, schema)
-    for key, default in defaults(Recipe):
-        assert f"`{default}`" in rows[key], f"{key}: the default is {default}"
+    for recipe in RECIPES.values():
+        for key, default in defaults(recipe):
+            assert f"`{default}`" in rows[key], f"{key}: the default is {default}"
 
 
-def defaults(node: type[Node], above: str = "") -> list[tuple[str, str]]:
+def defaults(node: type[Node], above: str = "") -> Iterator[tuple[str, str]]:
     """(dotted key, default as the YAML writes it) of every leaf that has one."""
-    found = []
+    if issubclass(node, Variant) and node not in node.variants().values():
+        for variant in node.variants().values():
+            yield from defaults(variant, above)
+        return
     for name, field in node.model_fields.items():
         key = above + (field.alias or name)
-        children = [
-            part
-            for part in (field.annotation, *getattr(field.annotation, "__args__", ()))
-            if isinstance(part, type) and issubclass(part, Node)
-        ]
+        children = list(_nodes_of(field.annotation))
         if children:
-            found += defaults(children[0], f"{key}.")
-        elif not field.is_required() and field.default is not None:
-            found.append(
-                (key, yaml.safe_dump(field.default, default_flow_style=True).split("\n")[0])
-            )
-    return found
+            yield from defaults(children[0], f"{key}.")
+        elif not field.is_required() and field.default is not None and name != "name":
+            yield key, yaml.safe_dump(field.default, default_flow_style=True).split("\n")[0]
 
 
 def test_every_recipe_of_the_project_reads() -> None:

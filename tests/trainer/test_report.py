@@ -3,15 +3,19 @@ from __future__ import annotations
 import html
 import json
 import math
+import os
 import re
+from dataclasses import asdict
 from html.parser import HTMLParser
 
 import pytest
 
+from gradsmith.blocks import BASE, OURS
 from gradsmith.recipe import parse_recipe
 from gradsmith.report.build import build_report
 from gradsmith.report.plots import Chart, Series, draw, label, log_ticks, smooth, thin, ticks
 from gradsmith.run import Run, read_json, write_json
+from gradsmith.tasks.language_modeling.examine import definitions, lead, note
 
 EVIL = '</pre><script>alert("x")</script><img src=x onerror=alert(1)> & \'quoted\' "'
 VOID = {"meta", "line", "circle", "path", "rect", "img", "br"}
@@ -107,17 +111,31 @@ def make_run(folder, steps=60, evaluated=True, prepared=True, **model) -> Run:
             "loss": 2.0, "perplexity": math.exp(2), "bits_per_byte": 1.25, "accuracy": 0.5,
             "target_tokens": 4314, "bytes": 123_456, "sequences": 9,
         }  # fmt: skip
-        xz = {"bits_per_byte": 2.5, "primed_bits_per_byte": 1.0, "train_bytes": 8_400_000}
-        ngram = {"bits_per_byte": 1.0, "order": 8, "train_bytes": 2_000_000}
         before = {"bits_per_byte": 2.0, "loss": 4.0, "accuracy": 0.25}
-        base = {**metrics, **before} if model else None
+        results = [{"name": OURS, "values": metrics, "ours": True}]
+        if model:
+            results.append({"name": BASE, "values": metrics | before, "note": "before fine-tuning"})
+        baselines = [
+            {"name": "xz -9e", "values": {"bits_per_byte": 2.5}},
+            {"name": "xz -9e behind 8.4 MB of training text", "values": {"bits_per_byte": 1.0}},
+            {"name": "byte 8-gram", "values": {"bits_per_byte": 1.0}, "note": "Kneser-Ney"},
+        ]
+        sample = [
+            {"name": "It begins", "text": EVIL},
+            {"name": "on", "text": EVIL, "ours": True},
+            {"name": "as it was", "text": EVIL},
+        ]
+        if model:
+            sample.append({"name": "the base", "text": EVIL})
+        chat = bool(model)
         write_json(
             run.evaluation_path,
-            {"split": "test", "task": "chat" if model else "language_modeling",
-             "metrics": metrics, "base": base, "yardsticks": {"xz": xz, "ngram": ngram},
-             "samples": [{"prompt": EVIL, "output": EVIL, "reference": EVIL,
-                          "base_output": EVIL if model else None}],
-             "generation": {"temperature": 0.7, "seed": 1}},
+            {"split": "test", "task": "chat" if chat else "language_modeling",
+             "metrics": metrics, "results": [*results, *baselines],
+             "definitions": [asdict(m) for m in definitions(metrics, chat)],
+             "blocks": [{"kind": "samples", "title": "Samples", "samples": [sample],
+                         "settings": {"temperature": 0.7, "seed": 1}}],
+             "lead": lead(results, chat), "note": note(metrics, "test", baselines, chat)},
         )  # fmt: skip
     return run
 
@@ -152,9 +170,14 @@ def test_a_whole_report_of_two_runs(tmp_path):
 def test_blank_samples_are_left_out_and_counted(tmp_path):
     run = make_run(tmp_path / "a")
     found = read_json(run.evaluation_path)
-    sample = {"prompt": "a prompt", "output": "an output", "reference": None, "base_output": None}
-    blank = {"prompt": "of a blank one", "output": " \n\t", "reference": None, "base_output": None}
-    write_json(run.evaluation_path, {**found, "samples": [sample, blank, blank]})
+
+    def sample(prompt: str, output: str) -> list[dict]:
+        return [{"name": "p", "text": prompt}, {"name": "o", "text": output, "ours": True}]
+
+    blank = sample("of a blank one", " \n\t")
+    (block,) = found["blocks"]
+    samples = [sample("a prompt", "an output"), blank, blank]
+    write_json(run.evaluation_path, {**found, "blocks": [{**block, "samples": samples}]})
     _, page = build([run], tmp_path)
     assert "an output" in page.text
     assert "of a blank one" not in page.text
@@ -219,6 +242,21 @@ def test_results_of_an_earlier_step_are_said_to_be_that(tmp_path):
     for step, warned in ((40, False), (30, True)):
         write_json(run.evaluation_path, {**read_json(run.evaluation_path), "step": step})
         assert ("Evaluated at step 30" in build([run], tmp_path)[1].text) == warned
+
+
+def test_results_of_the_best_step_are_no_old_ones(tmp_path):
+    run = make_run(tmp_path / "a", steps=40)
+    write_json(run.evaluation_path, {**read_json(run.evaluation_path), "step": 30})
+    folder = run.checkpoints / "step-000040"
+    folder.mkdir(parents=True)
+    best = {"metric": "loss", "value": 1.5, "step": 30, "since": 1}
+    for found in (best, {**best, "step": 20}):
+        write_json(folder / "state.json", {"step": 40, "best": found})
+        text = build([run], tmp_path)[1].text
+        assert ("Of step 30, the best of the run by its validation loss." in text) == (
+            found["step"] == 30
+        )
+        assert ("Evaluated at step 30" in text) == (found["step"] != 30)
 
 
 def test_steps_without_a_finite_loss_are_said_and_interrupt_the_line(tmp_path):
@@ -321,3 +359,154 @@ def test_a_chart_places_its_points():
 def test_an_empty_chart_says_so():
     drawn = draw(Chart("T", [Series("loss", [(1, math.nan)])], "step", "unit"))
     assert "nothing logged yet" in drawn
+
+
+# ------------------------------------------------------------------------------------- blocks
+
+PNG = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAFElEQVR42mP8z8Dwn4EIwDiqkL4KAQCl"
+    "/AcBmgvKJQAAAABJRU5ErkJggg=="
+)
+BLOCKS = {
+    "samples": {
+        "samples": [[{"name": "asked", "text": EVIL}, {"name": "said", "text": "b", "ours": True}]],
+    },
+    "matrix": {
+        "rows": ["cat", EVIL], "columns": ["cat", EVIL], "row_title": "class",
+        "column_title": "predicted", "values": [[30, 10], [0, 4]],
+    },
+    "bars": {
+        "unit": "gain", "format": ".2f",
+        "bars": [{"name": EVIL, "value": 3.0, "low": 2.5, "high": 4.0},
+                 {"name": "harmful", "value": -1.0}],
+    },
+    "chart": {
+        "x": "x", "y": EVIL,
+        "lines": [{"name": "a", "points": [[2, 1.0], [0, 3.0], [1, math.nan]],
+                   "band": [[0, 2.0, 4.0], [2, 0.5, 1.5]]},
+                  {"name": "b", "points": [[0, 0], [2, 2]], "dashed": True}],
+        "references": [{"name": EVIL, "value": 1.5}],
+    },
+    "table": {
+        "columns": [{"name": "word"}, {"name": EVIL, "format": ".1%"}],
+        "rows": [[EVIL, 0.25], [None, 1]],
+    },
+    "images": {"images": [{"png": PNG, "caption": EVIL, "note": "sure: 99 %"}]},
+}  # fmt: skip
+
+
+def block_of(kind: str) -> dict:
+    return {"kind": kind, "title": f"A {kind}", "note": EVIL, **BLOCKS[kind]}
+
+
+def drawn(blocks: list[dict]) -> Page:
+    """Blocks, checked as those of a file are, as a page."""
+    from pydantic import TypeAdapter
+
+    from gradsmith.blocks import Block
+    from gradsmith.report.blocks import draw as draw_blocks
+
+    stored = json.loads(json.dumps(blocks))
+    TypeAdapter(list[Block]).validate_python(stored, strict=True)
+    return Page(draw_blocks(stored))
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_a_block_is_drawn_and_what_it_says_is_not_run(kind):
+    page = drawn([block_of(kind)])
+    assert f"A {kind}" in page.text
+    assert EVIL in page.text
+    assert not page.scripts
+    assert [a["src"][:22] for t, a in page.tags if t == "img"] == (
+        ["data:image/png;base64,"] if kind == "images" else []
+    )
+
+
+def test_every_kind_of_block_is_tried():
+    from typing import get_args
+
+    from gradsmith.blocks import Block
+
+    assert len(get_args(get_args(Block)[0])) == len(BLOCKS)
+
+
+def test_a_matrix_is_shaded_by_row_and_its_diagonal_set_apart():
+    page = drawn([block_of("matrix")])
+    cells = [a for t, a in page.tags if t == "td" and "title" in a]
+    assert [(a["style"], a.get("class")) for a in cells] == [
+        ("--share:0.750", "half"), ("--share:0.250", "wrong"), ("--share:1.000", "half strong")
+    ]  # fmt: skip
+    assert cells[0]["title"] == "class cat, predicted cat: 30, 75.0% of the row"
+
+
+def test_bars_start_at_zero_and_may_go_either_way():
+    page = drawn([block_of("bars")])
+    (up, down) = [a for t, a in page.tags if t == "rect"]
+    assert (float(up["x"]), float(up["width"])) == (20.0, 60.0)  # from 0 to 3 in -1 to 4
+    assert (float(down["x"]), float(down["width"])) == (0.0, 20.0)
+    assert "3.00 (2.50 to 4.00)" in page.text
+    (interval,) = [a["d"] for t, a in page.tags if t == "path"]
+    assert interval == "M70.0 2V10M70.0 6H100.0M100.0 2V10"
+
+
+def test_a_chart_of_a_block_is_in_order_and_has_its_band():
+    page = drawn([block_of("chart")])
+    (figure,) = [json.loads(a["data-chart"]) for _, a in page.tags if "data-chart" in a]
+    assert [p[2:] for p in figure["series"][0]["points"]] == [["0", "3"], ["2", "1"]]
+    assert len([a for t, a in page.tags if t == "path" and a["class"] == "band s0"]) == 1
+    assert len([a for t, a in page.tags if t == "path" and "dashed" in a["class"]]) == 1
+
+
+def test_the_terminal_draws_what_is_text_and_says_where_the_rest_is():
+    from rich.console import Console, Group
+
+    from gradsmith.report.terminal import draw as draw_text
+
+    with open(os.devnull, "w") as nowhere:
+        console = Console(width=100, record=True, file=nowhere)
+        for kind in BLOCKS:
+            console.print(Group(*draw_text(block_of(kind))))
+    text = console.export_text()
+    for expected in ("A samples", "said", "predicted", "30", "3.00 (2.50 to 4.00)", "25.0%"):
+        assert expected in text, expected
+    assert text.count("in the report") == 2, "a chart and pictures"
+
+
+def test_a_report_follows_from_the_metrics_definitions(tmp_path):
+    """Of a task that the report has never heard of."""
+    run = make_run(tmp_path / "a", steps=0)
+    metrics = [
+        {"name": "loss", "title": "Loss", "unit": "nats per image"},
+        {"name": "f2", "title": "F2", "greater_is_better": True, "format": ".2f"},
+        {"name": "hue", "title": "Hue error", "unit": "degrees", "format": ".1f"},
+    ]
+    run.write_provenance(unit="images", metrics=metrics)
+    for step in range(1, 40):
+        row = {"step": step, "loss": 1 / step, "images": 32 * step, "images_per_second": 700.0}
+        run.append_metrics({"kind": "train", **row})
+        if step % 10 == 0:
+            run.append_metrics({"kind": "validation", "f2": step / 100, "hue": 9.0, **row})
+    run.evaluation_path.unlink()
+    _, page = build([run], tmp_path)
+    for expected in ("Train: tiny", "Validation loss", "nats per image, step 30", "1,248",
+                     "Images trained on", "images per second", "Hue error"):  # fmt: skip
+        assert expected in page.text, expected
+    charts = [json.loads(a["data-chart"]) for _, a in page.tags if "data-chart" in a]
+    assert [len(c["series"]) for c in charts] == [2, 1, 1, 1]  # loss, f2, hue, speed
+
+    results = [
+        {"name": OURS, "values": {"f2": 0.812, "hue": 3.0}, "ours": True},
+        {"name": "majority", "values": {"f2": 0.5}},
+        {"name": "forest", "values": {"f2": 0.9, "hue": math.nan}, "note": "100 trees"},
+    ]
+    evaluation = {"split": "test", "definitions": metrics[1:], "results": results,
+                  "note": "Of 872 images.",
+                  "blocks": [block_of(kind) for kind in BLOCKS]}  # fmt: skip
+    write_json(run.evaluation_path, evaluation)
+    _, page = build([run], tmp_path)
+    for expected in ("0.81", "0.31 above majority, 0.09 below forest", "forest (100 trees)", "3.0",
+                     "Higher F2 is better. Of 872 images.", *(f"A {kind}" for kind in BLOCKS),
+                     "dashed: baselines on the test split"):  # fmt: skip
+        assert expected in page.text, expected
+    table = page.text[page.text.index("Results") :]
+    assert table.index("forest (100 trees)") < table.index("majority"), "the best first"

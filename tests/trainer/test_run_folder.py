@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import yaml
 
+from gradsmith import checkpoints
 from gradsmith.__main__ import main
-from gradsmith.data.shards import PreparedData
+from gradsmith.data.prepared import PreparedData
 from gradsmith.files import MARKER
 from gradsmith.run import Run
-from gradsmith.training import checkpoint
 
 RECIPE: dict[str, Any] = {
     "name": "tiny",
@@ -343,10 +343,10 @@ def test_data_that_the_checkpoint_does_not_name_is_not_measured_on(
 
 def test_a_checkpoint_that_is_read_is_not_deleted(here: Path) -> None:
     run = Run("runs/x")
-    with checkpoint.reading(run.checkpoints / "step-000002"):
-        checkpoint.keep_newest(run, 1)
+    with checkpoints.reading(run.checkpoints / "step-000002"):
+        checkpoints.keep_newest(run, 1)
         assert steps("runs/x") == [2, 6]
-    checkpoint.keep_newest(run, 1)
+    checkpoints.keep_newest(run, 1)
     assert steps("runs/x") == [6]
 
 
@@ -365,7 +365,7 @@ def test_a_damaged_checkpoint_never_costs_a_good_one(
     assert steps("runs/x") == [5, 6]
     assert main(["train", "r.yaml", *overrides]) == 0
     assert "going on from runs/x/checkpoints/step-000005" in capfd.readouterr().out
-    newest, _ = checkpoint.newest(Run("runs/x"))
+    newest, _ = checkpoints.newest(Run("runs/x"))
     assert newest == Path("runs/x/checkpoints/step-000005")
 
 
@@ -396,8 +396,8 @@ def test_what_is_no_whole_checkpoint_of_its_step_is_not_used(
     """Red team B8."""
     run = Run("runs/x")
     damage(run.checkpoints / "step-000006")
-    assert checkpoint.newest(run)[0] == run.checkpoints / "step-000004"
-    checkpoint.keep_newest(run, 2)
+    assert checkpoints.newest(run)[0] == run.checkpoints / "step-000004"
+    checkpoints.keep_newest(run, 2)
     assert {2, 4} <= set(steps("runs/x"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -11,47 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-RECIPE = """
-name: tiny
-output: run
-data:
-  sources: [{kind: text, path: texts}]
-  split: {validation: 0.2, test: 0.0}
-  tokenizer: {train: {vocab_size: 300}}
-  sequence_length: 32
-model:
-  architecture: llama
-  config: {hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 4}
-training:
-  steps: 100000
-  global_batch: 4
-  micro_batch: 2
-  precision: fp32
-  checkpoint: {every: 100000}
-"""
+from conftest import start, write_project
 
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    Path("r.yaml").write_text(RECIPE)
-    Path("texts").mkdir()
-    for number in range(40):
-        Path("texts", f"{number}.txt").write_text(f"This is number {number} of forty.\n" * 8)
+    endless = {"training.steps": 100000, "training.checkpoint.every": 100000}
+    write_project(tmp_path, **endless, **{"data.split.test": 0.0})
     return tmp_path
-
-
-def start(*arguments: str, before: Callable[[], object] | None = None) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "gradsmith", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=before,
-        start_new_session=True,
-    )
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
@@ -68,6 +38,13 @@ def trains() -> bool:
 
 def saved() -> list[Path]:
     return [path for path in Path("run/checkpoints").glob("step-*") if path.suffix != ".tmp"]
+
+
+def ranks_of(launcher: subprocess.Popen[str]) -> list[int]:
+    """The processes of a launch with two ranks, rank 0 first."""
+    found = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    assert len(found) == 2
+    return sorted(int(pid) for pid in found)
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
@@ -113,9 +90,7 @@ def test_ctrl_c_ends_prepare_at_once(here: Path) -> None:
 def test_a_killed_rank_is_named(here: Path) -> None:
     process = start("launch", "--nproc", "2", "r.yaml", "training.zero.stage=0")
     wait_for(trains, process)
-    ranks = sorted(int(p.name) for p in Path("/proc").glob("[0-9]*") if parent(p) == process.pid)
-    assert len(ranks) == 2
-    os.kill(ranks[1], signal.SIGKILL)
+    os.kill(ranks_of(process)[1], signal.SIGKILL)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1
     assert err.startswith("error: rank "), err
@@ -131,13 +106,6 @@ def test_a_signal_to_the_launcher_saves(here: Path) -> None:
     assert process.returncode == 129, err
     assert "stopped by SIGHUP after step " in err
     assert len(saved()) == 1
-
-
-def parent(process: Path) -> int:
-    try:
-        return int((process / "stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:
-        return -1
 
 
 @pytest.mark.long
@@ -157,8 +125,7 @@ def test_a_restart_goes_on_from_the_last_checkpoint(here: Path) -> None:
     process = start("launch", "--nproc", "2", "r.yaml", "training.checkpoint.every=20",
                     "training.steps=400", "--", "--max-restarts", "1")  # fmt: skip
     wait_for(lambda: bool(saved()), process)
-    ranks = sorted(int(p.name) for p in Path("/proc").glob("[0-9]*") if parent(p) == process.pid)
-    os.kill(ranks[0], signal.SIGKILL)
+    os.kill(ranks_of(process)[0], signal.SIGKILL)
     out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
     assert "going on from run/checkpoints/step-" in out
@@ -168,8 +135,6 @@ def test_a_restart_goes_on_from_the_last_checkpoint(here: Path) -> None:
 
 
 def small_files() -> None:
-    import resource
-
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
 
@@ -183,6 +148,21 @@ def test_a_disk_that_is_full_at_a_checkpoint_is_said_in_a_line(here: Path) -> No
     assert "no checkpoint is saved yet" in err
     assert err.count("\n") == 1
     assert not list(Path("run/checkpoints").glob("*"))
+
+
+def test_a_disk_that_is_full_for_one_rank_ends_all_in_a_line(here: Path) -> None:
+    process = start("launch", "--nproc", "2", "r.yaml", "training.checkpoint.every=20")
+    wait_for(lambda: bool(saved()), process)
+    # Rank 1 writes its share of the optimizer's states alone: 29,536 x 2 x 4 bytes / 2.
+    resource.prlimit(ranks_of(process)[1], resource.RLIMIT_FSIZE, (50_000, 50_000))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert err.startswith("error: the checkpoint could not be written by rank 1: "), err
+    assert "; saved is run/checkpoints/step-" in err
+    assert err.count("\n") == 1
+    assert saved()
+    assert not list(Path("run/checkpoints").glob(".*"))
+    assert start("evaluate", "run", "--split", "validation").wait(120) == 0
 
 
 @pytest.mark.parametrize(

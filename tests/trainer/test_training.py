@@ -15,20 +15,23 @@ import torch
 import yaml
 from conftest import losses
 
+from gradsmith import checkpoints, ranks
 from gradsmith.data.prepare import prepare
 from gradsmith.errors import RunError, UserError
-from gradsmith.models.build import load_for_inference
+from gradsmith.models.build import build_model, load_for_inference
 from gradsmith.recipe import Recipe
 from gradsmith.run import Run
-from gradsmith.training import checkpoint, guards, loop
+from gradsmith.training import checkpoint, loop, stopping
 from gradsmith.training import engine as engines
+from gradsmith.training.schedule import learning_rate
+from gradsmith.training.session import Session, build
 
 Tiny = Callable[..., Recipe]
 
 
-def session(recipe: Recipe) -> loop.Session:
-    engines.init_distributed()
-    return loop._build(recipe, Run(recipe.output), fresh=False)
+def session(recipe: Recipe) -> Session:
+    ranks.init_distributed()
+    return build(recipe, Run(recipe.output), fresh=False)
 
 
 def test_loss_falls_and_everything_is_written(tiny: Tiny) -> None:
@@ -45,7 +48,7 @@ def test_loss_falls_and_everything_is_written(tiny: Tiny) -> None:
     validations = [r for r in run.read_metrics() if r["kind"] == "validation"]
     assert [r["step"] for r in validations] == [10, 20, 30]
     assert run.recipe() == recipe
-    assert checkpoint.newest(run)[0] == run.checkpoints / "step-000030"
+    assert checkpoints.newest(run)[0] == run.checkpoints / "step-000030"
     assert not list(run.checkpoints.glob("*tmp*"))
     # no pickle anywhere in the run's folder
     suffixes = {p.suffix for p in run.folder.rglob("*") if p.is_file()}
@@ -59,7 +62,7 @@ def test_step_is_the_textbook_step(tiny: Tiny, precision: str) -> None:
         "run", **{"training.precision": precision, "training.zero.stage": 0, "model.kernels": False}
     )
     s = session(recipe)
-    model = loop.build_model(recipe, s.data)
+    model = build_model(recipe, s.task)
     masters = {n: p.detach().float().clone() for n, p in model.named_parameters()}
     for master in masters.values():
         master.requires_grad_()
@@ -71,12 +74,12 @@ def test_step_is_the_textbook_step(tiny: Tiny, precision: str) -> None:
         eps=1e-8,
     )
     for step in range(3):
-        rate = loop.learning_rate(recipe, step / 6)
+        rate = learning_rate(recipe, step / 6)
         engines.set_learning_rate(s.engine, rate)
         loss, norm, _ = loop.optimizer_step(s)
         s.step += 1
-        batch = s.loader.micro_batches(step, rank=0, world=1, micro_batch=8)[0]
-        expected = loop.nll_sum(model, batch) / int((batch.labels != -100).sum())
+        batch = next(s.loader.micro_batches(step, rank=0, world=1, micro_batch=8))
+        expected = s.task.loss(model, batch) / int((batch.labels["labels"] != -100).sum())
         model.zero_grad()
         expected.backward()
         for name, parameter in model.named_parameters():
@@ -115,7 +118,7 @@ def test_resume_gives_the_same_bits(tiny: Tiny, stage: int) -> None:
     real = loop.optimizer_step
     taken = 0
 
-    def interrupted(session: loop.Session, asked: bool = False) -> tuple:
+    def interrupted(session: Session, asked: bool = False) -> tuple:
         nonlocal taken
         if taken == 4:  # one step past the checkpoint, as a crash would have it
             raise KeyboardInterrupt
@@ -124,8 +127,8 @@ def test_resume_gives_the_same_bits(tiny: Tiny, stage: int) -> None:
 
     loop.optimizer_step, before = interrupted, loop.optimizer_step
     try:
-        with pytest.raises(KeyboardInterrupt), guards.StopRequest() as stop:
-            loop._train(s, stop)
+        with pytest.raises(KeyboardInterrupt), stopping.StopRequest() as stop:
+            loop.run(s, stop)
     finally:
         loop.optimizer_step = before
     loop.train(part)
@@ -190,7 +193,7 @@ def test_damaged_checkpoint_is_passed_over(tiny: Tiny) -> None:
     content = bytearray(damaged.read_bytes())
     content[-5] ^= 1
     damaged.write_bytes(content)
-    found, complaints = checkpoint.newest(Run(recipe.output))
+    found, complaints = checkpoints.newest(Run(recipe.output))
     assert found is not None
     assert found.name == "step-000004"
     assert "SHA-256" in complaints[0]
@@ -199,7 +202,7 @@ def test_damaged_checkpoint_is_passed_over(tiny: Tiny) -> None:
     # a truncated file is noticed too
     path = Run(recipe.output).checkpoints / "step-000006" / "model" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    newest = checkpoint.newest(Run(recipe.output))[0]
+    newest = checkpoints.newest(Run(recipe.output))[0]
     assert newest is not None
     assert newest.name == "step-000004"
 
@@ -244,8 +247,8 @@ def test_non_finite_gradients_change_nothing_and_end_the_run(tiny: Tiny) -> None
     with torch.no_grad():
         s.engine.module.model.norm.weight[0] = float("nan")
     before = [p.detach().clone() for p in s.engine.module.parameters()]
-    with pytest.raises(RunError, match="not finite"), guards.StopRequest() as stop:
-        loop._train(s, stop)
+    with pytest.raises(RunError, match="not finite"), stopping.StopRequest() as stop:
+        loop.run(s, stop)
     for a, b in zip(before, s.engine.module.parameters(), strict=True):
         assert torch.equal(a, b) or a.isnan().any()
 
@@ -266,7 +269,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(tiny: Tiny, tmp_path: Path) 
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, errors
     assert "the same command goes on" in errors
-    newest = checkpoint.newest(run)[0]
+    newest = checkpoints.newest(run)[0]
     assert newest is not None
     step = int(newest.name[5:])
     assert step == run.read_metrics()[-1]["step"]
@@ -291,7 +294,7 @@ def test_schedule(tiny: Tiny, name: str, final: float) -> None:
             "training.schedule": {"name": name, "warmup": 0.1, "final": 0.1},
         },
     )
-    rates = [loop.learning_rate(recipe, step / 100) for step in range(101)]
+    rates = [learning_rate(recipe, step / 100) for step in range(101)]
     assert rates[0] == pytest.approx(1e-4)
     assert rates[9] == pytest.approx(1e-3)
     assert max(rates) == pytest.approx(1e-3)
@@ -307,7 +310,7 @@ def test_lengths(tiny: Tiny, length: str) -> None:
     if length == "tokens":
         assert 2000 <= result["tokens"] <= 2000 + 8 * 64
     elif length == "epochs":
-        rows = len(loop._sequences(recipe, data, "train"))
+        rows = len(data.processor(recipe).dataset(data.split("train")))
         assert result["step"] == max(1, round(0.02 * rows / 8))
     else:
         assert result["step"] >= 1
@@ -342,7 +345,7 @@ def test_minutes_count_steps_and_the_rate_reaches_its_end(
     recipe = tiny("run", **settings)
     real = loop.optimizer_step
 
-    def until_killed(session: loop.Session, asked_to_stop: bool = False) -> object:
+    def until_killed(session: Session, asked_to_stop: bool = False) -> object:
         if session.step == 15:
             raise KeyboardInterrupt
         return real(session, asked_to_stop)
@@ -355,7 +358,7 @@ def test_minutes_count_steps_and_the_rate_reaches_its_end(
     rows = [row for row in Run(recipe.output).read_metrics() if row["kind"] == "train"]
     assert [row["time"] for row in rows] == list(range(1, 31))
     assert [row["lr"] for row in rows] == pytest.approx(
-        [loop.learning_rate(recipe, step / 30) for step in range(30)]
+        [learning_rate(recipe, step / 30) for step in range(30)]
     )
     assert rows[-1]["lr"] < 0.1 * 3e-3 + (1 - 0.1) * 3e-3 / 20  # a step before the end of the fall
 

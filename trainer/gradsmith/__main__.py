@@ -34,8 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), 1)  # or the interpreter would try again, and complain
         code = _fail(f"standard output: {error.strerror}", 1)
-    if "MASTER_ADDR" in os.environ and "gradsmith.training.engine" in sys.modules:
-        from .training.engine import end_rank
+    if "MASTER_ADDR" in os.environ and "gradsmith.ranks" in sys.modules:
+        from .ranks import end_rank
 
         end_rank(code)
     return code

@@ -108,13 +108,15 @@ def evaluate(
 ) -> None:
     """Measure a trained run on held-out data."""
     from .console import show
-    from .evaluation.evaluate import evaluate, format_evaluation
+    from .evaluation.evaluate import evaluate
+    from .report.terminal import format_evaluation
 
     trained = _find_run(run, overrides or ())
     with contextlib.redirect_stdout(sys.stderr):  # what is said on the way is no result
         found = evaluate(trained, split=split)
     if as_json:
-        print(json.dumps({"split": found["split"], "metrics": found["metrics"]}))
+        told = ("task", "split", "step", "metrics", "results")
+        print(json.dumps({key: found[key] for key in told}))
     else:
         show(format_evaluation(found))
 

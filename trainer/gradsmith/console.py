@@ -9,13 +9,16 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn
+
+if TYPE_CHECKING:
+    from .blocks import Metric
 
 PLAIN_EVERY = 10.0  # seconds between two plain progress lines
 
@@ -113,6 +116,8 @@ class TrainingProgress:
         total_steps: The last step, or None for a run limited by time.
         start_step: The step from which a resumed run goes on.
         minutes: The length of a run limited by time.
+        metrics: What a validation says, as the task defines it.
+        unit: What speed is told in.
     """
 
     def __init__(
@@ -122,10 +127,12 @@ class TrainingProgress:
         start_step: int = 0,
         *,
         minutes: float | None = None,
+        metrics: Sequence[Metric] = (),
+        unit: str = "tokens",
     ):
         if (total_steps is None) == (minutes is None):
             raise ValueError("give exactly one of total_steps and minutes")
-        self._name = name
+        self._name, self._metrics, self._unit = name, metrics, unit
         self._total_steps = total_steps
         self._start_step = self._step = start_step
         self._seconds = minutes * 60 if minutes is not None else None
@@ -165,9 +172,12 @@ class TrainingProgress:
     def update(self, step: int, row: dict[str, Any]) -> None:
         """Shows one row of metrics.jsonl; `step` is the number of steps done."""
         if row.get("kind") == "validation":
-            bits = row.get("bits_per_byte")
-            more = f", {bits:.4f} bits per byte" if bits is not None else ""
-            self.note(f"{self._place(step)}  validation loss {row['loss']:.4f}{more}")
+            values = [
+                f"{metric.words} {row[metric.name]:{metric.format}}"
+                for metric in self._metrics
+                if row.get(metric.name) is not None
+            ]
+            self.note(f"{self._place(step)}  validation {', '.join(values)}")
             return
         first = self._step == self._start_step
         self._step = step
@@ -211,6 +221,7 @@ class TrainingProgress:
             assert self._seconds is not None
             left = max(0.0, self._seconds - row["time"])
         numbers = [f"loss {row['loss']:.4f}"]
-        if row.get("tokens_per_second") is not None:
-            numbers.append(f"{row['tokens_per_second']:,.0f} tokens/s")
+        speed = row.get(f"{self._unit}_per_second")
+        if speed is not None:
+            numbers.append(f"{speed:,.0f} {self._unit}/s")
         return "  ".join([*numbers, f"{duration(left)} left"])

@@ -7,11 +7,16 @@ import os
 import platform
 import shutil
 import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .launch import physical_cores
 from .run import cpu_model, versions
+
+if TYPE_CHECKING:
+    import torch
 
 # The instruction sets that decide how fast a CPU trains, in the names of /proc/cpuinfo.
 CPU_FEATURES = (
@@ -36,6 +41,8 @@ def examine() -> dict[str, Any]:
         precision: what `training.precision: auto` takes here, and the device that decides it.
         kernels: isa and threading of the native module (None where it is not built), and
             ops: op -> backend -> None, or why it cannot run here.
+        products: of a linear layer on this CPU, a row for each precision: the backend that is
+            chosen at this instruction set, and what it does, in flop/s, measured now.
         missing: what is not there, what it is for and how to get it.
     """
     found = {
@@ -45,6 +52,7 @@ def examine() -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **versions()},
         "precision": _precision(),
         "kernels": _kernels(),
+        "products": _products(),
     }
     return {**found, "missing": _missing(found)}
 
@@ -89,10 +97,13 @@ def _gpus() -> list[dict[str, Any]]:
 def _precision() -> dict[str, str]:
     from gradsmith_kernels.backends import fast_bf16
 
-    from .training.engine import device
+    from .ranks import device
 
     bf16 = fast_bf16(device())
-    why = f"bf16 is {'fast' if bf16.fast else 'slower than fp32'} on {bf16.device}"
+    if bf16.ratio is None:
+        why = f"bf16 is {'fast' if bf16.fast else 'slower than fp32'} on {bf16.device}"
+    else:
+        why = f"a step in bf16 is about {bf16.ratio} times as fast as in fp32 on {bf16.device}"
     return {"auto": "bf16" if bf16.fast else "fp32", "why": why}
 
 
@@ -110,6 +121,41 @@ def _kernels() -> dict[str, Any]:
     from gradsmith_kernels import backends
 
     return {"native": backends.native(), "ops": backends.availability()}
+
+
+def _products() -> list[dict[str, Any]]:
+    import torch
+
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    return [{"precision": name, **_product(dtype)} for name, dtype in dtypes.items()]
+
+
+def _product(dtype: torch.dtype) -> dict[str, Any]:
+    import torch
+
+    from gradsmith_kernels import backends, linear
+
+    size = 512
+    x, weight, dy = (torch.randn(size, size).to(dtype) for _ in range(3))
+    leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+    forward = _seconds(lambda: linear(x, weight))
+    both = _seconds(lambda: torch.autograd.grad(linear(*leaves), leaves, dy))
+    return {
+        "backend": backends.chosen("linear", "cpu", dtype),
+        "forward": 2 * size**3 / forward,
+        "forward+backward": 6 * size**3 / both,
+    }
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    """The fastest of a few calls after one; of two where a call takes a tenth of a second."""
+    call()
+    times: list[float] = []
+    while len(times) < 5 and sum(times) < 0.1:
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return min(times)
 
 
 def _missing(found: dict[str, Any]) -> list[dict[str, str]]:
@@ -178,6 +224,20 @@ def show(found: dict[str, Any]) -> None:
     show(table)
     for reason in reasons:
         show(Text(f"  {reason}", "dim"))
+
+    level = native["isa"] if native else "no native module"
+    table = Table(
+        title=f"Linear layers on this CPU ({level}), timed now",
+        title_justify="left",
+        title_style="bold",
+    )
+    for column in ("precision", "backend", "forward", "forward + backward"):
+        table.add_column(column)
+    for row in found["products"]:
+        rates = (f"{row[name] / 1e9:,.0f} GFLOP/s" for name in ("forward", "forward+backward"))
+        whose = "torch's" if row["backend"] == "reference" else "ours"
+        table.add_row(row["precision"], whose, *rates)
+    show(table)
 
     if found["missing"]:
         show(_grid("Missing", {f"{m['what']} ({m['for']})": m["how"] for m in found["missing"]}))

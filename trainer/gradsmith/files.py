@@ -18,7 +18,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
@@ -287,3 +287,22 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """A file's {bytes, sha256}."""
+    try:
+        return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def files_in(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Name -> {bytes, sha256} of those of the files that are there."""
+    return {name: file_entry(folder / name) for name in names if (folder / name).is_file()}
+
+
+def fingerprint_of(files: dict[str, dict[str, Any]]) -> str:
+    """One hash over files: equal means the same names and the same bytes."""
+    digests = {path: entry["sha256"] for path, entry in files.items()}
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()

@@ -358,16 +358,27 @@ LOG = "/logs/slurm-%j.out"
 
 
 def sbatch_script(job: Job, recipe: Recipe) -> str:
-    """A job that runs `gradsmith launch` once on each of its nodes."""
+    """A job that runs `gradsmith launch` once on each of its nodes.
+
+    Raises:
+        UserError: a backslash in the path of what the job prints, which sbatch does not keep.
+    """
+    place = str(Path(recipe.output).absolute())
+    if "\\" in place:
+        raise UserError(
+            f"output: found {one_line(place, 80)}; sbatch takes no path with a \\ in it"
+        )
     directives = [
         f"job-name={recipe.name}",
         f"nodes={job.nnodes}",
         "ntasks-per-node=1",
         "exclusive",
         f"chdir={shlex.quote(str(Path.cwd()))}",
-        # sbatch fills in what stands behind a %
-        f"output={shlex.quote(recipe.output.rstrip('/').replace('%', '%%') + LOG)}",
-        "signal=TERM@120",
+        # In the whole path, the working directory's too, sbatch fills in what stands behind a %.
+        f"output={shlex.quote(place.replace('%', '%%') + LOG)}",
+        "open-mode=append",  # a job that is queued again goes on in its log
+        "requeue",
+        "signal=B:USR1@120",  # B: to the script's shell alone
     ]
     if job.time:
         directives.append(f"time={job.time}")
@@ -376,6 +387,7 @@ def sbatch_script(job: Job, recipe: Recipe) -> str:
     for line in job.sbatch:
         name, equals, value = line.removeprefix("--").partition("=")
         directives.append(name + equals + (shlex.quote(value) if equals else ""))
+    checkpoints = shlex.quote(recipe.output.rstrip("/") + "/checkpoints")
     recipe_part = shlex.join(job.recipe_arguments())
     engine_part = f" -- {shlex.join(job.engine_options)}" if job.engine_options else ""
     lines = [
@@ -388,11 +400,26 @@ def sbatch_script(job: Job, recipe: Recipe) -> str:
         "head=${nodes%%$'\\n'*}",
         "port=$((20000 + SLURM_JOB_ID % 20000))",
         "",
+        # A cancelled job gets TERM, as each does, so what asks for another turn is another signal.
+        "# Two minutes before the time limit Slurm sends USR1: the ranks save and end, and the job",
+        "# is queued again if it has got on.",
+        f"saved() {{ ls -1 -- {checkpoints} 2>/dev/null || true; }}",
+        "before=$(saved) told= status=0",
+        """trap 'told=1; scancel --signal=TERM "$SLURM_JOB_ID.0" || true' USR1""",
+        "",
         "# --cpu-bind=none: the processes of a node share all its cores.",
         "srun --kill-on-bad-exit=1 --cpu-bind=none \\",
         """  bash -c 'exec "$0" -m gradsmith launch --node-rank "$SLURM_NODEID" "$@"' \\""",
         f"  {shlex.quote(sys.executable)} --nnodes {job.nnodes} --nproc {job.nproc} "
         '--master "$head:$port" \\',
-        f"  {recipe_part}{engine_part}",
+        f"  {recipe_part}{engine_part} &",
+        "wait $! || status=$?",
+        "if [[ $told ]]; then",
+        "  status=0; wait $! || status=$?  # the signal ended the first wait",
+        '  if ((status > 128)) && [[ "$(saved)" != "$before" ]]; then',
+        '    scontrol requeue "$SLURM_JOB_ID" || true',
+        "  fi",
+        "fi",
+        "exit $status",
     ]
     return "\n".join(lines) + "\n"

@@ -36,8 +36,9 @@ def quickstart(fresh: bool = False, overrides: Sequence[str] = ()) -> Path:
         UserError: an override does not fit.
     """
     from .data.prepare import prepare
-    from .evaluation.evaluate import evaluate, format_evaluation
+    from .evaluation.evaluate import evaluate
     from .report.build import build_report
+    from .report.terminal import format_evaluation
     from .training.loop import train
 
     pretrain, finetune = _recipes(overrides)

@@ -8,6 +8,7 @@ runs/NAME/
   metrics.jsonl      a line for each logged step
   data/              what `prepare` made (gradsmith.data.prepare)
   base/              what `model.from` was when the run began (gradsmith.models.base)
+  reference/         what the model said before training, where the loss compares with it
   checkpoints/       step-000100/, ... (gradsmith.training.checkpoint)
   evaluation.json    what `evaluate` found
   report.html
@@ -61,7 +62,15 @@ LIBRARIES = (
 LOCKS = {
     "run": (
         "lock",
-        ("data", "base", "recipe.yaml", "provenance.json", "metrics.jsonl", "checkpoints"),
+        (
+            "data",
+            "base",
+            "reference",
+            "recipe.yaml",
+            "provenance.json",
+            "metrics.jsonl",
+            "checkpoints",
+        ),
     ),
     "results": ("results.lock", ("evaluation.json", "report.html", "launch.sbatch")),
 }
@@ -101,6 +110,10 @@ class Run:
     @property
     def base(self) -> Path:
         return self.folder / "base"
+
+    @property
+    def reference(self) -> Path:
+        return self.folder / "reference"
 
     @property
     def checkpoints(self) -> Path:
@@ -247,8 +260,7 @@ class Run:
         Raises:
             UserError: what was trained there is of another recipe.
         """
-        from .training.engine import settle_precision
-        from .training.guards import check_same_run
+        from .precision import settle_precision
 
         self.claim()
         marker = read_json(self.folder / MARKER)
@@ -273,6 +285,7 @@ class Run:
             self.checkpoints.rename(doomed)  # at once: no half of them is ever gone on from
             remove(doomed)
         remove(self.base)
+        remove(self.reference)
         for path in (self.metrics_path, self.evaluation_path, self.report_path):
             path.unlink(missing_ok=True)
 
@@ -327,6 +340,41 @@ class Run:
             file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
+def check_same_run(before: Recipe, now: Recipe, folder: Path) -> None:
+    """A run goes on only as what it was.
+
+    Raises:
+        UserError: naming the keys that differ. How long to train, what to log and keep, and how
+            the work is laid out over machines may change.
+    """
+    free = re.compile(
+        r"name|output|evaluation\..*|model\.kernels|training\.(steps|tokens|epochs|minutes"
+        r"|micro_batch|activation_checkpointing|early_stopping"
+        r"|(zero|log|validate|checkpoint|early_stopping)\..*)"
+    )
+    old, new = dict(_leaves(before.dump())), dict(_leaves(now.dump()))
+    changed = [
+        f"{key}: {old.get(key)} before, {new.get(key)} now"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not free.fullmatch(key)
+    ]
+    if changed:
+        raise UserError(
+            f"{folder}: the run there was started from another recipe:\n"
+            + "\n".join(f"  {line}" for line in changed)
+            + "\nGo on with the old values, start over with --fresh, or choose another output=..."
+        )
+
+
+def _leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of a tree of plain data, by its dotted key."""
+    if isinstance(tree, dict | list):
+        for name, branch in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _leaves(branch, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, tree
+
+
 def check_output(recipe: Recipe) -> None:
     """A run's folder is a place of its own: nothing that the user made is in it.
 
@@ -343,14 +391,7 @@ def check_output(recipe: Recipe) -> None:
             f"output: {recipe.output} is {place}, and a run's folder holds nothing else; give it "
             "a folder of its own, for example runs/NAME"
         )
-    data = recipe.data
-    read: dict[str, str | None] = {f"data.sources.{i}.path": s.path
-                                   for i, s in enumerate(data.sources)}  # fmt: skip
-    read["data.tokenizer.from"] = data.tokenizer.from_ if data.tokenizer else None
-    read["data.chat.template"], read["model.from"] = data.chat.template, recipe.model.from_
-    for key, text in read.items():
-        if text is None:
-            continue
+    for key, text in recipe.paths().items():
         fixed = Path(text)
         while glob.has_magic(str(fixed)) and not fixed.exists():
             fixed = fixed.parent

@@ -10,9 +10,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from .blocks import Block, Definition, Number, Result
+
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Pair = Annotated[list[str], Field(min_length=2, max_length=2)]
-Number = float  # or a whole number; NaN and infinity are what a run that diverged says
 
 
 class Shape(BaseModel):
@@ -43,23 +44,36 @@ class SourceEntry(Shape):
     bytes: Count | None = None
 
 
-class TokenizerEntry(Shape):
+class FilesEntry(Shape):
     files: dict[str, File]
 
 
 class SplitCounts(Shape):
     documents: Count
+
+
+class SplitEntry(SplitCounts):
+    files: dict[str, File]
+
+
+class TextCounts(SplitCounts):
     tokens: Count
     target_tokens: Count
     bytes: Count
 
 
-class SplitEntry(SplitCounts):
+class TextSplitEntry(TextCounts):
     eos_targets: Count
     files: dict[str, File]
 
 
 Split = Literal["train", "validation", "test"]
+
+
+class SplitSummary(SplitCounts):
+    tokens: Count | None = None
+    target_tokens: Count | None = None
+    bytes: Count | None = None
 
 
 class DataSummary(Shape):
@@ -68,26 +82,73 @@ class DataSummary(Shape):
     data_hash: str = ""
     ledger: list[LedgerRow] = []
     sources: list[SourceEntry] = []
-    splits: dict[Split, SplitCounts] = {}
+    splits: dict[Split, SplitSummary] = {}
 
 
 class DataManifest(Shape):
-    """data/manifest.json"""
+    """data/manifest.json, of any task"""
 
     format: str
-    task: Literal["language_modeling", "chat"]
+    task: str
     data_hash: str
+    sources: list[SourceEntry]
+    splits: dict[Split, SplitEntry]
+
+
+class StoredColumn(Shape):
+    dtype: str
+    shape: list[Count]
+    offsets: str | None
+
+
+class ProcessorManifest(DataManifest):
+    """data/manifest.json of a task that says there what its columns are"""
+
+    processor: FilesEntry
+    columns: dict[str, StoredColumn]
+
+
+class LabelledProcessor(Shape):
+    """processor.json of labelled texts"""
+
+    classes: Annotated[dict[str, Count], Field(min_length=2)]
+    longest: Annotated[int, Field(ge=1)]
+
+
+class PairSettings(Shape):
+    """processor.json of preferences"""
+
+    longest: Annotated[int, Field(ge=1)]
+    system: str | None = None
+
+
+class TextManifest(DataManifest):
+    """data/manifest.json of texts and conversations"""
+
     vocab_size: Annotated[int, Field(ge=1, le=2**31)]
     bos_id: Count
     eos_id: Count
     pad_id: Count
     sequence_length: Count
-    tokenizer: TokenizerEntry
-    sources: list[SourceEntry]
-    splits: dict[Split, SplitEntry]
+    tokenizer: FilesEntry
+    splits: dict[Split, TextSplitEntry]  # type: ignore[assignment]
 
 
 # ------------------------------------------------------------------------- what a run reports
+
+
+class BestSoFar(Shape):
+    metric: str
+    value: Number | None
+    step: Count
+    since: Count
+
+
+class State(Shape):
+    """state.json of a checkpoint"""
+
+    step: Count
+    best: BestSoFar | None = None
 
 
 class MetricsRow(Shape):
@@ -105,52 +166,17 @@ class MetricsRow(Shape):
     time: Number | None = None
 
 
-class Measured(Shape):
-    bits_per_byte: Number
-    loss: Number
-    perplexity: Number
-    accuracy: Number
-    target_tokens: Count
-    bytes: Count
-    rouge_l: Number = 0.0
-    rouge_l_pairs: Count = 0
-
-
-class Xz(Shape):
-    bits_per_byte: Number
-    primed_bits_per_byte: Number | None
-    train_bytes: Count
-
-
-class Ngram(Shape):
-    bits_per_byte: Number
-    order: Count
-    train_bytes: Count
-
-
-class Yardsticks(Shape):
-    xz: Xz = Xz(bits_per_byte=0, primed_bits_per_byte=None, train_bytes=0)
-    ngram: Ngram = Ngram(bits_per_byte=0, order=0, train_bytes=0)
-
-
-class Sample(Shape):
-    prompt: str
-    output: str
-    reference: str | None = None
-    base_output: str | None = None
-
-
 class Evaluation(Shape):
-    """evaluation.json"""
+    """evaluation.json; a version before had neither definitions, results nor blocks"""
 
     split: str
     step: Count | None = None
     task: str = ""
-    metrics: Measured
-    base: Measured | None = None
-    yardsticks: Yardsticks | None = None
-    samples: list[Sample] | None = None
-    generation: dict[str, Number] | None = None
+    definitions: list[Definition] = []
+    results: list[Result] = []
+    blocks: list[Block] = []
+    lead: str = ""
+    note: str = ""
 
 
 class Git(Shape):
@@ -177,6 +203,8 @@ class Provenance(Shape):
     parameters: Count = 0
     trainable_parameters: Count = 0
     seconds: Number = 0.0
+    unit: str = "tokens"
+    metrics: list[Definition] = []
     versions: dict[str, str] = {}
     git: Git | None = None
     zero: dict[str, Any] | None = None

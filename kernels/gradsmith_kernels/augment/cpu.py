@@ -12,7 +12,7 @@ from torch import Tensor
 from gradsmith_kernels import _native
 from gradsmith_kernels.augment.random import normal_quantiles
 from gradsmith_kernels.augment.steps import NOISE, Floats
-from gradsmith_kernels.native import DTYPE_CODES
+from gradsmith_kernels.ops.common.native import DTYPE_CODES
 
 
 def run(

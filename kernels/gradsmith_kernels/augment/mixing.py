@@ -16,7 +16,7 @@ from torch import Tensor
 from gradsmith_kernels.augment.random import gamma_numbers, gamma_uniforms, uniform_numbers
 from gradsmith_kernels.augment.transform import below, number, whole
 from gradsmith_kernels.backends import Implementation, Op
-from gradsmith_kernels.native import DTYPE_CODES
+from gradsmith_kernels.ops.common.native import DTYPE_CODES
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _STREAM = (1 << 31) - 1  # no transform of a chain has this number

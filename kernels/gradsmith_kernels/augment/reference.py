@@ -177,7 +177,7 @@ def _shrink(m: Floats, size: Any) -> float:
 def _shrink_along(m: Floats, size: Any) -> float:
     """How far a map shrinks the axis that it shrinks most, if it does not turn."""
     both = _shrink(m, size)
-    return float(max(both, abs(m[0, 0]), abs(m[1, 1]))) if _aligned(m) else both
+    return max(both, abs(float(m[0, 0])), abs(float(m[1, 1]))) if _aligned(m) else both
 
 
 def _project(m: Floats, points: Floats) -> tuple[Floats, Floats]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..errors import UserError
-from .document import Document, Ledger, Messages
+from .example import Example, Ledger, Messages
 from .template import apply_template
 
 INSTRUCTION = "Write the docstring of this Python function."
@@ -41,7 +41,7 @@ def prompt_of(messages: Messages) -> Messages:
 # ------------------------------------------------------------------- function -> docstring pairs
 
 
-def docstring_pairs(tree: ast.Module, file: Document, ledger: Ledger) -> Iterator[Document]:
+def docstring_pairs(tree: ast.Module, file: Example, ledger: Ledger) -> Iterator[Example]:
     """For each documented function of a file: its source without the docstring -> the docstring.
 
     All pairs of a file are in one group, so a held-out file's functions are held out with it.
@@ -64,7 +64,7 @@ def docstring_pairs(tree: ast.Module, file: Document, ledger: Ledger) -> Iterato
             {"role": "user", "content": f"{INSTRUCTION}\n\n{function}"},
             {"role": "assistant", "content": docstring.strip()},
         ]
-        yield Document(f"{file.source}:{node.lineno}", messages=messages, group=file.group)
+        yield Example(f"{file.source}:{node.lineno}", messages, group=file.group)
 
 
 def _without_docstring(

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from ..recipe import Clean
-from .document import Document, Ledger
+from .example import Example, Ledger
 
 
-def clean(documents: Iterable[Document], settings: Clean, ledger: Ledger) -> Iterator[Document]:
+def clean(documents: Iterable[Example], settings: Clean, ledger: Ledger) -> Iterator[Example]:
     """Drops texts shorter than `min_characters`; of a conversation, its answers are measured."""
     for document in documents:
         ledger.add("clean", "in")
@@ -20,9 +20,11 @@ def clean(documents: Iterable[Document], settings: Clean, ledger: Ledger) -> Ite
             yield document
 
 
-def _reason_to_drop(document: Document, min_characters: int) -> str:
-    if document.messages is None:
-        length, what = len(document.text), "text"
+def _reason_to_drop(document: Example, min_characters: int) -> str:
+    if isinstance(document.content, dict):  # its own processor knows what is to be in it
+        return ""
+    if isinstance(document.content, str):
+        length, what = len(document.content), "text"
     else:
         answers = [m["content"] for m in document.messages if m["role"] == "assistant"]
         if not any(answers):
@@ -33,7 +35,7 @@ def _reason_to_drop(document: Document, min_characters: int) -> str:
     return ""
 
 
-def deduplicate(documents: Iterable[Document], drop: bool, ledger: Ledger) -> Iterator[Document]:
+def deduplicate(documents: Iterable[Example], drop: bool, ledger: Ledger) -> Iterator[Example]:
     """Drops documents that occurred before; with `drop` off they follow the first one's group.
 
     Either way, no content stands on two sides of the split. Keeps 32 bytes of hashes a document

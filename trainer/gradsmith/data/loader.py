@@ -1,28 +1,17 @@
-"""Which sequences make up which batch: a pure function of (seed, epoch, global index).
+"""Which rows make up which batch: a pure function of (seed, epoch, global index).
 
-The global index counts sequences from the start of the run. Nothing here depends on the number
-of ranks or on what was read before, so the position of a run is one integer, its step.
-Letters: B sequences in a micro-batch, S sequence length.
+The global index counts rows from the start of the run: a row's place in it. Nothing here depends
+on the number of ranks or on what was read before, so the position of a run is one integer, its
+step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
-import torch
 
-from .packing import IGNORED, Sequence, Sequences
-
-
-@dataclass(frozen=True)
-class Batch:
-    """int64 tensors (B, S); labels are already shifted, -100 does not count."""
-
-    input_ids: torch.Tensor
-    labels: torch.Tensor
-    position_ids: torch.Tensor
+from .processor import Batch, Dataset
 
 
 def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
@@ -36,30 +25,30 @@ def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
 
 
 class Loader:
-    """The training batches over `sequences`, epoch after epoch.
+    """The training batches over `dataset`, epoch after epoch.
 
     Args:
-        sequences: the rows.
+        dataset: the rows.
         seed: of the order.
-        global_batch: sequences in one step, over all ranks and micro-batches.
+        global_batch: rows in one step, over all ranks and micro-batches.
     """
 
-    def __init__(self, sequences: Sequences, *, seed: int, global_batch: int):
-        if len(sequences) == 0:
-            raise ValueError("sequences: there are none, so there is nothing to train on")
-        self.sequences, self.seed, self.global_batch = sequences, seed, global_batch
+    def __init__(self, dataset: Dataset, *, seed: int, global_batch: int):
+        if len(dataset) == 0:
+            raise ValueError("dataset: there are no rows, so there is nothing to train on")
+        self.dataset, self.seed, self.global_batch = dataset, seed, global_batch
         self._orders: dict[int, np.ndarray] = {}
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:
             if len(self._orders) == 2:  # a batch spans two epochs where one rolls over
                 del self._orders[min(self._orders)]
-            self._orders[epoch] = permutation(self.seed, epoch, len(self.sequences))
+            self._orders[epoch] = permutation(self.seed, epoch, len(self.dataset))
         return self._orders[epoch]
 
     def indices(self, step: int) -> np.ndarray:
         """The rows of a step's global batch, int64 (global_batch,); steps count from 0."""
-        first, n = step * self.global_batch, len(self.sequences)
+        first, n = step * self.global_batch, len(self.dataset)
         parts, at = [], first
         while at < first + self.global_batch:
             epoch, inside = divmod(at, n)
@@ -68,15 +57,17 @@ class Loader:
             at += len(part)
         return np.concatenate(parts)
 
-    def tokens(self, step: int) -> int:
-        """Inputs of the whole global batch that are no padding."""
-        return int(self.sequences.row_tokens[self.indices(step)].sum())
+    def length(self, step: int) -> int:
+        """What the whole global batch costs: its tokens without padding, else its rows."""
+        return int(self.dataset.lengths[self.indices(step)].sum())
 
-    def target_tokens(self, step: int) -> int:
-        """Labels that count in the whole global batch: what its loss is divided by."""
-        return int(self.sequences.row_targets[self.indices(step)].sum())
+    def items(self, step: int) -> float:
+        """Terms of the whole global batch's loss: what it is divided by."""
+        return float(self.dataset.items[self.indices(step)].sum())
 
-    def micro_batches(self, step: int, *, rank: int, world: int, micro_batch: int) -> list[Batch]:
+    def micro_batches(
+        self, step: int, *, rank: int, world: int, micro_batch: int
+    ) -> Iterator[Batch]:
         """This rank's share: its a-th has rows [(a*world + rank) * micro_batch : +micro_batch].
 
         Raises:
@@ -88,27 +79,22 @@ class Loader:
                 f"global_batch: {self.global_batch} is no multiple of world {world} * "
                 f"micro_batch {micro_batch}"
             )
-        mine = self.indices(step).reshape(accumulation, world, micro_batch)[:, rank]
-        return [_batch([self.sequences[int(k)] for k in rows]) for rows in mine]
+        places = np.arange(self.global_batch, dtype=np.uint64)
+        places += np.uint64(step * self.global_batch)
+        shape = accumulation, world, micro_batch
+        rows, draws = (whole.reshape(shape)[:, rank] for whole in (self.indices(step), places))
+        return (self.dataset.batch(*part) for part in zip(rows, draws, strict=True))
 
 
 def evaluation_batches(
-    sequences: Sequences, *, rank: int, world: int, batch: int, limit: int | None = None
+    dataset: Dataset, *, rank: int, world: int, batch: int, limit: int | None = None
 ) -> Iterator[Batch]:
     """The first `limit` rows in order; each group of world * batch rows is dealt to the ranks.
 
     Every rank gets the same number of batches, as collectives inside a model need it. A batch
-    may be short; where nothing is left for a rank it gets one row of padding without labels.
+    may be short; where nothing is left for a rank it gets one that counts for nothing.
     """
-    rows = len(sequences) if limit is None else min(limit, len(sequences))
-    S = sequences.sequence_length
-    empty = Sequence(np.full(S, sequences.pad_id), np.full(S, IGNORED), np.arange(S))
+    rows = len(dataset) if limit is None else min(limit, len(dataset))
     for group in range(0, rows, world * batch):
         first = group + rank * batch
-        found = [sequences[k] for k in range(first, min(first + batch, rows))]
-        yield _batch(found or [empty])
-
-
-def _batch(rows: list[Sequence]) -> Batch:
-    arrays = (np.stack([getattr(row, name) for row in rows]) for name in Sequence._fields)
-    return Batch(*map(torch.from_numpy, arrays))
+        yield dataset.batch(range(first, min(first + batch, rows)))

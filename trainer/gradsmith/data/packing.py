@@ -8,11 +8,16 @@ with positions from 0, and labels never reach into the next segment. Letters: S 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import torch
 
-from .shards import TokenSplit
+from .processor import Batch
+
+if TYPE_CHECKING:
+    from .text import TokenSplit
 
 IGNORED = -100  # a label that does not count in the loss
 
@@ -38,14 +43,16 @@ class Sequences:
     `pad_id` with label -100, as a segment of its own (its positions start again at 0).
 
     Attributes:
-        row_tokens: inputs that are no padding, for each row, int64 (rows,).
-        row_targets: labels that count, for each row, int64 (rows,).
+        lengths: inputs that are no padding, for each row, int64 (rows,).
+        items: labels that count, for each row, int64 (rows,).
         target_tokens: their sum.
 
     Raises:
         ValueError: chat with an example of more than S + 1 tokens, which `prepare` lets through
             only for a larger sequence length.
     """
+
+    reference: np.ndarray | None = None
 
     def __init__(
         self, split: TokenSplit, sequence_length: int, packing: bool, task: str, pad_id: int
@@ -67,13 +74,13 @@ class Sequences:
             # a segment is a whole example here, and its first token is no target
             by_document = np.add.reduceat(split.targets, offsets[:-1], dtype=np.int64)
             counts = by_document[np.searchsorted(offsets, start, side="right") - 1]
-        self.row_tokens, self.row_targets = np.zeros((2, rows), np.int64)
-        np.add.at(self.row_tokens, row, length)
-        np.add.at(self.row_targets, row, counts)
-        self.target_tokens = int(self.row_targets.sum())
+        self.lengths, self.items = np.zeros((2, rows), np.int64)
+        np.add.at(self.lengths, row, length)
+        np.add.at(self.items, row, counts)
+        self.target_tokens = int(self.items.sum())
 
     def __len__(self) -> int:
-        return len(self.row_targets)
+        return len(self.items)
 
     def __getitem__(self, k: int) -> Sequence:
         if not -len(self) <= k < len(self):
@@ -97,6 +104,17 @@ class Sequences:
             at = stop
         position_ids[at:] = np.arange(self.sequence_length - at)
         return Sequence(input_ids, labels, position_ids)
+
+    def batch(self, rows: Iterable[int], draws: np.ndarray | None = None) -> Batch:
+        """inputs `input_ids`, `position_ids` and labels `labels`, all int64 (B, S); the labels are
+        shifted already, and -100 does not count."""
+        S = self.sequence_length
+        empty = Sequence(np.full(S, self.pad_id), np.full(S, IGNORED), np.arange(S))
+        found = [self[int(k)] for k in rows] or [empty]
+        ids, labels, positions = (
+            torch.from_numpy(np.stack(part)) for part in zip(*found, strict=True)
+        )
+        return Batch({"input_ids": ids, "position_ids": positions}, {"labels": labels})
 
 
 # Each returns, for all segments in the order of the rows: first token, length, row.

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from ..recipe import Split
-from .document import Document, Ledger
+from .example import Example, Ledger
 
 SPLITS = ("train", "validation", "test")
 LONGEST_JOINED = 1 << 20  # characters; keeps one huge text from becoming one huge document
@@ -25,16 +25,16 @@ def side(group: bytes, shares: Split) -> str:
 
 
 def assign(
-    documents: Iterable[Document], shares: Split, ledger: Ledger
-) -> Iterator[tuple[str, Document]]:
+    documents: Iterable[Example], shares: Split, ledger: Ledger
+) -> Iterator[tuple[str, Example]]:
     """Pairs (split, document); neighbouring blocks of one file on one side are joined again."""
     parts: list[str] = []  # of the document that is waiting for its end
     length = 0
-    waiting: tuple[str, Document] | None = None
+    waiting: tuple[str, Example] | None = None
 
-    def complete(name: str, document: Document) -> tuple[str, Document]:
+    def complete(name: str, document: Example) -> tuple[str, Example]:
         if len(parts) > 1:
-            document.text = "".join(parts)
+            document.content = "".join(parts)
         ledger.add("split", name)
         return name, document
 
@@ -43,13 +43,15 @@ def assign(
         assert document.group is not None  # deduplicate has set it
         name = side(document.group, shares)
         if waiting is not None:
-            fits = length + len(document.text) <= LONGEST_JOINED
-            if document.follows and name == waiting[0] and fits:
+            joins = document.follows and name == waiting[0]
+            if joins and length + len(document.text) <= LONGEST_JOINED:
                 parts.append(document.text)
                 length += len(document.text)
                 ledger.add("split", "joined", reason="to the block before it in its file")
                 continue
             yield complete(*waiting)
-        waiting, parts, length = (name, document), [document.text], len(document.text)
+        waiting = name, document
+        parts = [document.content] if isinstance(document.content, str) else []
+        length = sum(map(len, parts))
     if waiting is not None:
         yield complete(*waiting)

@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any
 
 from ..errors import UserError, one_line
-from .document import Messages
+from .example import Messages
 
 SECONDS = 5  # of this process's computing; templates take microseconds
 BYTES = 1 << 30

@@ -16,11 +16,15 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
+from ..gguf import find_gguf
+from ..gguf import place as gguf_place
 from ..hub import hub_name
-from ..models.gguf import find_gguf
-from ..models.gguf import place as gguf_place
 from ..reading import reading
 
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja",
+)  # fmt: skip
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 CHAT_TOKENS = ["<|im_start|>", "<|im_end|>"]  # there from the start: fine-tuning adds no ids
 
@@ -122,8 +126,13 @@ def find_tokenizer(path: str, key: str) -> str:
     )
 
 
-def load_tokenizer(place: str, key: str) -> Any:
-    """A fast tokenizer with an EOS token; PAD and BOS default to EOS where it has none.
+def load_tokenizer(place: str, key: str, *, needs_eos: bool = True) -> Any:
+    """A fast tokenizer; PAD defaults to EOS where it has none.
+
+    Args:
+        place: a folder, a GGUF file or a hub name.
+        key: the recipe's key, for messages.
+        needs_eos: whether it must have a token that ends a text.
 
     Raises:
         UserError: it cannot be loaded, is not backed by `tokenizers`, or has no EOS.
@@ -134,7 +143,7 @@ def load_tokenizer(place: str, key: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(**gguf_place(place), trust_remote_code=False)
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"{key}: {place} holds a {type(tokenizer).__name__} without tokenizer.json")
-    if tokenizer.eos_token is None:
+    if tokenizer.eos_token is None and (needs_eos or tokenizer.pad_token is None):
         raise UserError(f"{key}: the tokenizer in {place} has no EOS token, so nothing could stop")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -1,1 +1,1 @@
-"""How good a model is: exact metrics on held-out text, beside honest yardsticks."""
+"""How good a model is: exact metrics on held-out text, beside honest baselines."""

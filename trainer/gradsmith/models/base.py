@@ -14,17 +14,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from .. import checkpoints
 from ..console import say
-from ..data.shards import TOKENIZER_FILES, file_entry, files_in, fingerprint_of
+from ..data.processor import PROCESSOR_FILES
 from ..errors import UserError
-from ..files import building, is_run, write_json
+from ..files import building, file_entry, files_in, fingerprint_of, is_run, write_json
+from ..gguf import find_gguf, unpack
 from ..reading import read_json
 from ..recipe import Recipe
 from ..run import Run
-from ..shapes import AdapterConfig
-from ..training import checkpoint as checkpoints
+from ..shapes import AdapterConfig, State
 from .folder import check_weights
-from .gguf import find_gguf, unpack
 
 FORMAT = "gradsmith-base-1"
 KEPT = {".safetensors", ".json", ".jinja", ".model", ".txt"}
@@ -84,26 +84,43 @@ def find_model(name: str | Path, *, hashes: bool = True, tell: bool = False) -> 
     if problem := checkpoints.damage(checkpoint, hashes=hashes):
         raise UserError(f"{checkpoint}: {problem}")
     state, model = read_json(checkpoint / "state.json"), checkpoint / "model"
-    named = state.get("tokenizer")  # versions before this did not name it
-    if named not in (None, fingerprint_of(files_in(model, TOKENIZER_FILES))):
-        raise UserError(f"{model}: its tokenizer is not the one that it was trained with")
+    for name, files in PROCESSOR_FILES.items():  # the first versions did not name it
+        if state.get(name) not in (None, fingerprint_of(files_in(model, files))):
+            raise UserError(f"{model}: its {name} is not the one that it was trained with")
     return Model(str(model), step=int(state["step"]), checkpoint=checkpoint)
 
 
 def _newest(run: Run, hashes: bool, tell: bool) -> Path:
+    """A run's best checkpoint where it has looked for one, else its newest."""
     if not run.steps():
         raise UserError(f"{run.folder}: this run has no checkpoint yet; train it first")
+    complaints: list[str] = []
     if not hashes:
         whole = (p for _, p in run.steps() if not checkpoints.damage(p, hashes=False))
-        return next(whole, run.steps()[0][1])
-    newest, complaints = checkpoints.newest(run)
-    if newest is None:
-        raise UserError(f"{run.folder}: every checkpoint is damaged: {'; '.join(complaints)}")
+        newest = next(whole, run.steps()[0][1])
+    else:
+        found, complaints = checkpoints.newest(run)
+        if found is None:
+            raise UserError(f"{run.folder}: every checkpoint is damaged: {'; '.join(complaints)}")
+        newest = found
+    best = _best(run, newest)
+    if best is not None and (problem := checkpoints.damage(best, hashes=hashes)):
+        complaints.append(f"{best}, the best: {problem}")
+        best = None
     if tell:
         for complaint in complaints:
             say(f"not used: {complaint}")
-        say(f"{run.folder}: {newest.name}")
-    return newest
+        say(f"{run.folder}: {(best or newest).name}{', the best' if best else ''}")
+    return best or newest
+
+
+def _best(run: Run, newest: Path) -> Path | None:
+    """The checkpoint that a run's newest one says is the best, where the run looks for it."""
+    with contextlib.suppress(UserError, OSError):
+        best = read_json(newest / "state.json", State).get("best")
+        if best is not None and best["step"]:
+            return run.checkpoints / f"step-{best['step']:06}"
+    return None
 
 
 # ---------------------------------------------------------------------------------- a run's base

@@ -8,50 +8,51 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..data.processor import processor_class
 from ..errors import UserError
+from ..gguf import find_gguf, forget_quantization, place
 from ..hub import hub_name
+from ..ranks import device
 from ..reading import reading
 from ..recipe import Recipe
 from ..run import Run
+from ..tasks import make_task
+from ..tasks.task import Task
 from .base import Model, adapter_base, base_of, open_model
+from .config import config_of
 from .folder import check_weights, check_whole_model, is_adapter, load_config
-from .gguf import find_gguf, forget_quantization, place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..data.shards import PreparedData
-
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 
-def build_model(
-    recipe: Recipe, data: PreparedData, checkpoint: Path | None = None
-) -> torch.nn.Module:
+def build_model(recipe: Recipe, task: Task, checkpoint: Path | None = None) -> torch.nn.Module:
     """The model that a recipe trains, on the CPU, in the dtype of `training.precision`.
 
     Args:
         recipe: what to build.
-        data: gives the vocabulary and the ids of the special tokens.
+        task: knows transformers' class for it, and what the data decides of its config.
         checkpoint: the folder whose weights to go on from, when a run resumes.
 
     Raises:
-        UserError: the base, the adapter's target or the vocabulary do not fit.
+        UserError: the base or the adapter's target do not fit the recipe or the data.
     """
     dtype = DTYPES[recipe.training.precision]
     weights = checkpoint / "model" if checkpoint else None
-    tokenizer, run = data.tokenizer(), Run(recipe.output)
+    run = Run(recipe.output)
     torch.manual_seed(recipe.seed)
     adapter = recipe.model.adapter
     if adapter is not None:
-        base = _load(base_of(run, recipe), dtype)
-        _check_vocabulary(base, recipe, tokenizer)
-        model = _attach_adapter(base, recipe, weights)
+        base = _load(base_of(run, recipe), task, dtype)
+        task.check_model(base)
+        model = _attach_adapter(base, recipe, task, weights)
     elif weights is not None or recipe.model.from_ is not None:
-        model = _load(Model(str(weights)) if weights else base_of(run, recipe), dtype)
-        _check_vocabulary(model, recipe, tokenizer)
+        model = _load(Model(str(weights)) if weights else base_of(run, recipe), task, dtype)
+        task.check_model(model)
     else:
-        model = _from_config(recipe, tokenizer, dtype)
+        model = _from_config(recipe, task, dtype)
     if recipe.training.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
@@ -60,7 +61,7 @@ def build_model(
 def load_for_inference(
     path: str | Path | Model, *, kernels: bool = True
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model to evaluate or to generate with, and its tokenizer.
+    """A language model to evaluate or to generate with, and its tokenizer.
 
     Args:
         path: anything that `open_model` takes, or what it found; an adapter is put on its base.
@@ -71,34 +72,60 @@ def load_for_inference(
     """
     from transformers import AutoTokenizer
 
+    from ..tasks.language_modeling import LanguageModeling
+
     with contextlib.ExitStack() as stack:
         found = path if isinstance(path, Model) else stack.enter_context(open_model(path))
-        folder, revision = found.place, found.revision
-        if is_adapter(folder):
-            from peft import PeftModel
-
-            base = _load(adapter_base(Path(folder)), None, f"{folder}: its base")
-            with reading(folder, "no adapter can be read there"):
-                model: Any = PeftModel.from_pretrained(base, folder, autocast_adapter_dtype=False)
-        else:
-            model = _load(found, None, str(found.place))
-        with reading(folder, "no tokenizer can be read there"):
+        model = load_model(found, LanguageModeling, kernels=kernels)
+        with reading(found.place, "no tokenizer can be read there"):
             tokenizer = AutoTokenizer.from_pretrained(
-                **place(folder, revision), trust_remote_code=False
+                **place(found.place, found.revision), trust_remote_code=False
             )
-    from ..training.engine import device
+    return model, tokenizer
 
+
+def load_model(found: Model, task: Task | type[Task], *, kernels: bool = True) -> PreTrainedModel:
+    """A task's model to evaluate or to serve, on this rank's device; an adapter is put on its base.
+
+    Raises:
+        UserError: there is no model, or it is damaged.
+    """
+    folder = found.place
+    if is_adapter(folder):
+        from peft import PeftModel
+
+        base = _load(adapter_base(Path(folder)), task, None, f"{folder}: its base")
+        with reading(folder, "no adapter can be read there"):
+            model: Any = PeftModel.from_pretrained(base, folder, autocast_adapter_dtype=False)
+    else:
+        model = _load(found, task, None, folder)
     model = model.to(device()).eval()
     if kernels:
         from gradsmith_kernels import accelerate
 
         accelerate(model)
-    return model, tokenizer
+    loaded: PreTrainedModel = model
+    return loaded
 
 
-def _load(model: Model, dtype: torch.dtype | None, key: str = "model.from") -> PreTrainedModel:
+def open_task(recipe: Recipe, found: Model) -> Task:
+    """The task of a run's model, with the processor that stands beside its weights."""
+    name = recipe.data.task
+    processor = processor_class(name).from_pretrained(Path(found.place), recipe)
+    return make_task(recipe, processor)
+
+
+def auto_class(task: Task | type[Task]) -> Any:
+    """transformers' class that builds a task's models."""
+    import transformers
+
+    return getattr(transformers, task.auto_class)
+
+
+def _load(
+    model: Model, task: Task | type[Task], dtype: torch.dtype | None, key: str = "model.from"
+) -> PreTrainedModel:
     """A model from a folder, the hub or a GGUF file: no pickled weights, no code from there."""
-    from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -109,8 +136,10 @@ def _load(model: Model, dtype: torch.dtype | None, key: str = "model.from") -> P
         else:
             hub_name(folder, key, "a model")
     config = load_config(model, key)
+    for name, value in (task.head() if isinstance(task, Task) else {}).items():
+        setattr(config, name, value)
     with reading(f"{key}: {folder}", "no model can be read there"):
-        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        loaded: PreTrainedModel = auto_class(task).from_pretrained(
             **place(folder, model.revision),
             config=config,
             dtype=dtype or "auto",
@@ -121,18 +150,12 @@ def _load(model: Model, dtype: torch.dtype | None, key: str = "model.from") -> P
     return loaded
 
 
-def _from_config(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
-) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
-    from ..checks import config_of
-
-    config = config_of(recipe, len(tokenizer))
-    config.bos_token_id = tokenizer.bos_token_id
-    config.eos_token_id = tokenizer.eos_token_id
-    config.pad_token_id = tokenizer.pad_token_id
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+def _from_config(recipe: Recipe, task: Task, dtype: torch.dtype) -> PreTrainedModel:
+    decided = task.config()
+    config = config_of(recipe, decided.pop("vocab_size", None))
+    for key, value in decided.items():
+        setattr(config, key, value)
+    model: PreTrainedModel = auto_class(task).from_config(config, dtype=torch.float32)
     # Not `model.to(dtype)`: that rounds the buffers too, and rotary frequencies must stay float32.
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -140,7 +163,7 @@ def _from_config(
     return model
 
 
-def _attach_adapter(base: PreTrainedModel, recipe: Recipe, weights: Path | None) -> Any:
+def _attach_adapter(base: PreTrainedModel, recipe: Recipe, task: Task, weights: Path | None) -> Any:
     import peft
 
     if weights is not None:
@@ -160,21 +183,9 @@ def _attach_adapter(base: PreTrainedModel, recipe: Recipe, weights: Path | None)
         lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # peft takes any number
         lora_dropout=adapter.dropout,
         target_modules=adapter.target,
-        task_type="CAUSAL_LM",
+        task_type=task.peft_type,
     )
     try:
         return peft.get_peft_model(base, config, autocast_adapter_dtype=False)
     except ValueError as error:
         raise UserError(f"model.adapter.target: {error}") from None
-
-
-def _check_vocabulary(
-    model: PreTrainedModel, recipe: Recipe, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    embeddings: Any = model.get_input_embeddings()
-    rows = embeddings.weight.shape[0]
-    if len(tokenizer) > rows:
-        raise UserError(
-            f"data.tokenizer: has {len(tokenizer)} tokens, but the model at {recipe.model.from_} "
-            f"has embeddings for {rows}; leave data.tokenizer out to take the model's own"
-        )

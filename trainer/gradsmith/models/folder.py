@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import gguf
 from ..errors import UserError, one_line
 from ..reading import read_json, reading
 from ..shapes import GenerationConfig, ModelConfig, WeightsIndex
-from . import gguf
 
 if TYPE_CHECKING:
     from .base import Model

@@ -4,20 +4,65 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Iterable
 from html import escape
+from typing import Any
+
+VOID = {"br", "img", "meta"}
+SHAPES = {"circle", "line", "path", "rect"}  # of SVG, where what holds nothing closes itself
+
+
+class Html(str):
+    """Markup, in which every text is escaped already."""
+
+    __slots__ = ()
+
+
+def el(tag: str, /, *children: Any, **attributes: Any) -> Html:
+    """`el("p", "a < b", class_="note")` is `<p class="note">a &lt; b</p>`.
+
+    Args:
+        tag: the element.
+        children: texts, which are escaped, `Html`, lists of either; None is nothing.
+        attributes: `class_` is class, `aria_label` aria-label; None leaves one out, True has no
+            value.
+    """
+    parts = [f"<{tag}"]
+    for name, value in attributes.items():
+        if value is not None and value is not False:
+            name = name.rstrip("_").replace("_", "-")
+            parts.append(f" {name}" if value is True else f' {name}="{escape(str(value))}"')
+    inside = join(children)
+    if tag in SHAPES and not inside:
+        return Html("".join(parts) + "/>")
+    return Html("".join(parts) + ">" + ("" if tag in VOID else f"{inside}</{tag}>"))
+
+
+def join(children: Iterable[Any]) -> Html:
+    """Children of an element, one behind the other."""
+    parts: list[str] = []
+    for child in children:
+        if isinstance(child, Html):
+            parts.append(child)
+        elif isinstance(child, list | tuple):
+            parts.append(join(child))
+        elif child is not None:
+            parts.append(escape(str(child)))
+    return Html("".join(parts))
+
 
 STYLE = """
 :root {
   color-scheme: light dark;
   --paper: #faf9f6; --card: #ffffff; --ink: #1d1c1a; --soft: #66625b; --rule: #e5e1d8;
   --grid: #eeebe4; --ember: #b8470f; --steel: #2f679c; --pale: #a9c3da; --grey: #9a948a;
-  --good: #2c7a4b; --wash: #f6e9e0;
+  --good: #2c7a4b; --plum: #7d4f9e; --wash: #f6e9e0;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --paper: #161513; --card: #1e1d1a; --ink: #ece9e2; --soft: #a39e94; --rule: #34322d;
     --grid: #2a2824; --ember: #f0894a; --steel: #7db1e2; --pale: #3f5f7d; --grey: #7d786f;
-    --good: #6cc08d; --wash: #33241a;
+    --good: #6cc08d; --plum: #bd93d8; --wash: #33241a;
   }
 }
 * { box-sizing: border-box; }
@@ -67,7 +112,11 @@ nav a:hover { text-decoration: underline; }
 .tile.first b { color: var(--ember); font-size: 40px; line-height: 1.1; }
 .charts { display: grid; gap: 14px; margin-bottom: 14px; }
 .charts.two { grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr)); }
+.charts.figures {
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 400px), 1fr)); align-items: start;
+}
 .charts.three { grid-template-columns: repeat(auto-fit, minmax(min(100%, 230px), 1fr)); }
+.charts.many { grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); }
 .chart { margin: 0; padding: 14px 14px 8px; position: relative; }
 .chart figcaption { font-weight: 620; font-size: 14px; }
 .chart figcaption span { color: var(--soft); font-weight: 400; margin-left: 6px; font-size: 13px; }
@@ -86,9 +135,17 @@ line.reference { stroke: var(--grey); stroke-dasharray: 5 4; }
 .line { fill: none; stroke-width: 1.8; stroke-linejoin: round; stroke-linecap: round; }
 .line.s0 { stroke: var(--steel); }
 .line.s1 { stroke: var(--ember); }
+.line.s2 { stroke: var(--good); }
+.line.s3 { stroke: var(--plum); }
+.line.s4 { stroke: var(--grey); }
+.line.dashed { stroke-dasharray: 6 5; }
+.band { stroke: none; opacity: 0.16; }
 .line.faint { stroke: var(--pale); stroke-width: 1; }
-.dot.s0 { fill: var(--steel); }
-.dot.s1 { fill: var(--ember); }
+:is(.dot, .band).s0 { fill: var(--steel); }
+:is(.dot, .band).s1 { fill: var(--ember); }
+:is(.dot, .band).s2 { fill: var(--good); }
+:is(.dot, .band).s3 { fill: var(--plum); }
+:is(.dot, .band).s4 { fill: var(--grey); }
 .cursor { stroke: var(--grey); visibility: hidden; }
 .legend {
   list-style: none; margin: 2px 0 0; padding: 0; display: flex; flex-wrap: wrap; gap: 2px 16px;
@@ -100,6 +157,9 @@ line.reference { stroke: var(--grey); stroke-dasharray: 5 4; }
 }
 i.s0 { background: var(--steel); }
 i.s1 { background: var(--ember); }
+i.s2 { background: var(--good); }
+i.s3 { background: var(--plum); }
+i.s4 { background: var(--grey); }
 .tip {
   position: absolute; pointer-events: none; background: var(--ink); color: var(--paper);
   font-size: 12px; line-height: 1.45; padding: 5px 9px; border-radius: 6px; white-space: nowrap;
@@ -113,6 +173,8 @@ thead th { color: var(--soft); font-weight: 500; font-size: 12.5px; vertical-ali
 tbody tr, thead tr { border-bottom: 1px solid var(--rule); }
 tbody th { font-weight: 600; min-width: 104px; }
 .results tbody th { min-width: 160px; }
+.results th.number { white-space: normal; min-width: 92px; }
+.results th .unit { display: block; font-weight: 400; }
 tr.ours td, tr.ours th { color: var(--ember); font-weight: 640; }
 .number { text-align: right; white-space: nowrap; }
 td:last-child:not(.number) { overflow-wrap: anywhere; min-width: 110px; }
@@ -122,6 +184,46 @@ th:last-child, td:last-child { padding-right: 0; }
 .bar rect { fill: var(--pale); }
 .ours .bar rect, .out .bar rect { fill: var(--ember); }
 .on .bar rect { fill: var(--steel); }
+.bar .interval { fill: none; stroke: var(--ink); vector-effect: non-scaling-stroke; }
+.matrix { width: auto; font-size: 12px; margin: 6px auto; }
+.matrix :is(th, td) { padding: 0; min-width: 0; border: 0; }
+.matrix tr { border: 0; }
+.matrix th { color: var(--soft); font-weight: 500; }
+.matrix tbody th { text-align: right; padding-right: 8px; vertical-align: middle; }
+.matrix thead th { text-align: center; padding-bottom: 4px; }
+.matrix thead tr:last-child th:first-child {
+  text-align: right; padding-right: 8px; font-style: italic;
+}
+.matrix thead tr:first-child th { font-style: italic; }
+.matrix thead span {
+  writing-mode: vertical-rl; transform: rotate(180deg); text-align: left; white-space: nowrap;
+}
+.matrix td {
+  height: 34px; min-width: 42px; text-align: center; vertical-align: middle;
+  border: 1px solid var(--card);
+}
+.matrix tbody td {
+  background: color-mix(in srgb, var(--steel) calc(var(--share, 0) * 100%), var(--grid));
+}
+.matrix tbody td.wrong {
+  background: color-mix(in srgb, var(--ember) calc(var(--share, 0) * 100%), var(--grid));
+}
+.matrix tbody td.strong { color: var(--card); }
+@media (prefers-color-scheme: dark) {
+  .matrix tbody td.half { color: var(--card); }
+}
+.matrix.dense { font-size: 9.5px; }
+.matrix tbody tr td:last-child { min-width: 42px; overflow-wrap: normal; }
+.matrix.dense tbody tr td { height: 18px; min-width: 19px; max-width: 19px; }
+.images {
+  display: grid; gap: 14px; grid-template-columns: repeat(auto-fill, minmax(116px, 1fr));
+}
+.images figure { margin: 0; font-size: 12.5px; line-height: 1.35; min-width: 0; }
+.images img {
+  display: block; width: 100%; height: auto; border-radius: 6px; border: 1px solid var(--rule);
+  background: var(--card); image-rendering: auto; margin-bottom: 5px;
+}
+.images figcaption, .images p { overflow-wrap: anywhere; margin: 0; }
 .ledger tbody + tbody { border-top: 1px solid var(--grey); }
 .ledger tbody tr { border-bottom-color: var(--grid); }
 .panel { padding: 6px 18px 10px; }
@@ -158,7 +260,7 @@ footer { color: var(--soft); font-size: 13px; padding-top: 46px; padding-bottom:
 @media (max-width: 560px) {
   main, header, footer { padding-left: 16px; padding-right: 16px; }
   header { padding-top: 26px; }
-  .tile.first { grid-column: auto; }
+  .tile.first { grid-column: 1 / -1; }
   .bar { display: none; }
   td, th { padding-right: 10px; }
 }
@@ -221,11 +323,14 @@ for (const figure of document.querySelectorAll("[data-chart]")) {
 """
 
 
-def page(title: str, body: str) -> str:
+def page(title: str, body: Html) -> str:
     """A whole document. Its content security policy lets nothing be loaded and no script but ours
-    run, whatever a recipe's or a model's text may hold."""
+    run, whatever a recipe's or a model's text may hold. Pictures are in the page itself."""
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    policy = (
+        "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
+        f"script-src 'sha256-{digest}'"
+    )
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'

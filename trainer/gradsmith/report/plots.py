@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from html import escape
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 
+from .page import Html, el
+
+STYLES = 5  # of lines: s0, s1, ... in the page's style
 POINTS = 480  # a line is drawn through at most this many: more than its width in pixels shows
 
 
@@ -26,6 +28,8 @@ class Series:
     style: str = "s0"
     dots: bool = False
     faint: bool = False  # drawn as background, left out of the legend and the pointer's values
+    dashed: bool = False
+    band: Sequence[tuple[float, float, float]] = ()  # (x, low, high), drawn behind the line
 
 
 @dataclass
@@ -116,18 +120,19 @@ def label(value: float) -> str:
     return f"{value:.4g}"
 
 
-def draw(chart: Chart) -> str:
+def draw(chart: Chart) -> Html:
     """The chart as a <figure>; a chart without a single finite value says so."""
-    title = f"<figcaption>{escape(chart.title)} <span>{escape(chart.y_label)}</span></figcaption>"
+    title = el("figcaption", chart.title, " ", el("span", chart.y_label))
     shown = [
-        Series(s.name, thin(s.points), s.style, s.dots, s.faint)
+        replace(s, points=thin(s.points))
         for s in chart.series
         if any(math.isfinite(y) for _, y in s.points)
     ]
     if not shown:
-        return f'<figure class="chart">{title}<p class="empty">nothing logged yet</p></figure>'
+        return el("figure", title, el("p", "nothing logged yet", class_="empty"), class_="chart")
     finite = [(x, y) for s in shown for x, y in s.points if math.isfinite(y)]
     ys = [y for _, y in finite] + [y for _, y in chart.references if math.isfinite(y)]
+    ys += [y for s in shown for _, *ends in s.band for y in ends]
     log_y = chart.log_y and min(ys) > 0
     x0, x1 = min(x for x, _ in finite), max(x for x, _ in finite)
     if x0 == x1:
@@ -149,33 +154,34 @@ def draw(chart: Chart) -> str:
     base, end = chart.height - bottom, chart.width - right
     out = []
     for y in y_ticks:
-        out.append(f'<line class="grid" x1="{left}" x2="{end}" y1="{at_y(y)}" y2="{at_y(y)}"/>')
-        out.append(f'<text class="y" x="{left - 7}" y="{at_y(y) + 4:.1f}">{label(y)}</text>')
-    out.append(f'<line class="axis" x1="{left}" x2="{end}" y1="{base}" y2="{base}"/>')
+        out.append(el("line", class_="grid", x1=left, x2=end, y1=at_y(y), y2=at_y(y)))
+        out.append(el("text", label(y), class_="y", x=left - 7, y=f"{at_y(y) + 4:.1f}"))
+    out.append(el("line", class_="axis", x1=left, x2=end, y1=base, y2=base))
     for x in ticks(x0, x1):
-        out.append(f'<text class="x" x="{at_x(x)}" y="{base + 15}">{label(x)}</text>')
-    out.append(
-        f'<text class="x unit" x="{left + inner_width / 2:.0f}" y="{chart.height - 4}">'
-        f"{escape(chart.x_label)}</text>"
-    )
+        out.append(el("text", label(x), class_="x", x=at_x(x), y=base + 15))
+    middle = f"{left + inner_width / 2:.0f}"
+    out.append(el("text", chart.x_label, class_="x unit", x=middle, y=chart.height - 4))
     out += _references(chart.references, at_y, left, end, top, base)
     for s in shown:
-        kind = f"line {s.style}" + (" faint" if s.faint else "")
+        if s.band:
+            around = [(x, high) for x, _, high in s.band]
+            around += [(x, low) for x, low, _ in reversed(s.band)]
+            path = "M" + "L".join(f"{at_x(x)} {at_y(y)}" for x, y in around) + "Z"
+            out.append(el("path", class_=f"band {s.style}", d=path))
+        kind = f"line {s.style}" + " faint" * s.faint + " dashed" * s.dashed
         runs = list(_unbroken(s.points))
         path = " ".join("M" + "L".join(f"{at_x(x)} {at_y(y)}" for x, y in run) for run in runs)
-        out.append(f'<path class="{kind}" d="{path}"/>')
+        out.append(el("path", class_=kind, d=path))
         alone = [run[0] for run in runs if len(run) == 1]
         for x, y in s.points if s.dots else alone:
             if math.isfinite(y):
-                out.append(f'<circle class="dot {s.style}" cx="{at_x(x)}" cy="{at_y(y)}" r="2.6"/>')
+                out.append(el("circle", class_=f"dot {s.style}", cx=at_x(x), cy=at_y(y), r=2.6))
     summary = f"{chart.title}, {chart.y_label}, against {chart.x_label}. " + "; ".join(
         f"{s.name}: from {label(_ends(s)[0])} to {label(_ends(s)[1])}" for s in shown
     )
-    svg = (
-        f'<svg viewBox="0 0 {chart.width} {chart.height}" role="img" '
-        f'aria-label="{escape(summary)}">{"".join(out)}<line class="cursor" y1="{top}" '
-        f'y2="{base}" x1="0" x2="0"/></svg>'
-    )
+    out.append(el("line", class_="cursor", y1=top, y2=base, x1=0, x2=0))
+    box = f"0 0 {chart.width} {chart.height}"
+    svg = el("svg", out, viewBox=box, role="img", aria_label=summary)
     named = [s for s in shown if not s.faint]
     data = {
         "x": chart.x_label,
@@ -192,12 +198,10 @@ def draw(chart: Chart) -> str:
             for s in named
         ],
     }
-    legend = ""
-    if len(named) > 1:
-        keys = "".join(f'<li><i class="{s.style}"></i>{escape(s.name)}</li>' for s in named)
-        legend = f'<ul class="legend">{keys}</ul>'
-    packed = escape(json.dumps(data, separators=(",", ":")))
-    return f'<figure class="chart" data-chart="{packed}">{title}{legend}{svg}</figure>'
+    keys = [el("li", el("i", class_=s.style), s.name) for s in named]
+    legend = el("ul", keys, class_="legend") if len(named) > 1 else None
+    packed = json.dumps(data, separators=(",", ":"))
+    return el("figure", title, legend, svg, class_="chart", data_chart=packed)
 
 
 def _padded(low: float, high: float, log_y: bool, from_zero: bool) -> tuple[float, float]:
@@ -234,7 +238,7 @@ def _references(
     end: int,
     top: int,
     base: int,
-) -> list[str]:
+) -> list[Html]:
     """Dashed lines with their names at the right end, moved apart where they would overlap."""
     placed = sorted((at_y(y), name, y) for name, y in references if math.isfinite(y))
     heights = [y - 5 for y, _, _ in placed]
@@ -247,9 +251,7 @@ def _references(
     out = []
     for (y, name, value), height in zip(placed, heights, strict=True):
         height = min(max(height, top + 8), base - 3)
-        out.append(f'<line class="reference" x1="{left}" x2="{end}" y1="{y}" y2="{y}"/>')
-        out.append(
-            f'<text class="reference" x="{end}" y="{height:.1f}">{escape(name)} '
-            f"{label(value)}</text>"
-        )
+        out.append(el("line", class_="reference", x1=left, x2=end, y1=y, y2=y))
+        text = f"{name} {label(value)}"
+        out.append(el("text", text, class_="reference", x=end, y=f"{height:.1f}"))
     return out

@@ -20,11 +20,8 @@ gradsmith.training.loop), so there is no loader or random state to keep.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,10 +29,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from ..errors import RunError, one_line, system_error
+from ..checkpoints import FORMAT, newest_in_words
+from ..errors import RunError
 from ..files import (
     MARKER,
-    is_ours,
     new_scratch,
     publish,
     read_json,
@@ -46,93 +43,19 @@ from ..files import (
     sync,
     write_json,
 )
+from ..ranks import together
 from ..run import Run
-from .engine import device
+from .deepspeed_internals import STATE_BLOCK, Shard, shards
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-FORMAT = 1
-LOADED = re.compile(r"model/|optimizer-")  # files that are read because they are there
-STATE_BLOCK = (
-    256  # elements of an 8-bit state that share a scale; as gradsmith_kernels.optim has it
-)
 EIGHT_BIT = {"absmax1": ("state1", True), "absmax2": ("state2", False)}  # scales: codes, signed
 STEP = "step"  # the state that is one number for all parameters
 MASTER = "float32"  # the float32 weights' key beside the optimizer's own: exp_avg, exp_avg_sq
 
 
 # ------------------------------------------------------------------------- what a rank holds
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A stretch of a parameter whose float32 weights and states this rank holds.
-
-    `owner` is the tensor that the optimizer steps (DeepSpeed flattens parameters into a few);
-    the stretch is `owner[offset : offset + length]`, and `name[start : start + length]`.
-    """
-
-    name: str
-    start: int
-    length: int
-    owner: torch.Tensor
-    offset: int
-
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """This stretch of the owner, or of a state of the owner's shape."""
-        return tensor.detach().view(-1)[self.offset : self.offset + self.length]
-
-    def blocks(self, scales: torch.Tensor) -> torch.Tensor:
-        """The scales of the blocks of an 8-bit state that this stretch lies in."""
-        return scales[self.offset // STATE_BLOCK : -(-(self.offset + self.length) // STATE_BLOCK)]
-
-
-def pieces(engine: DeepSpeedEngine) -> Iterator[Piece]:
-    """The pieces of this rank, under any ZeRO stage (DeepSpeed 0.19)."""
-    wrapper = engine.optimizer
-    stage = engine.zero_optimization_stage()
-    named = [(n, p) for n, p in engine.module.named_parameters() if p.requires_grad]
-    if stage == 0:
-        groups = getattr(wrapper, "fp16_groups", None)
-        if groups is None:  # float32: the parameters themselves are stepped
-            owners = {id(p): p for _, p in named}
-        else:
-            pairs = zip(groups, wrapper.fp32_groups, strict=True)
-            owners = {id(a): b for g16, g32 in pairs for a, b in zip(g16, g32, strict=True)}
-        for name, parameter in named:
-            yield Piece(name, 0, parameter.numel(), owners[id(parameter)], 0)
-    elif stage in (1, 2):
-        flats = flat_partitions(engine)
-        for name, parameter in named:
-            mapping = parameter._hp_mapping
-            if mapping is not None:
-                yield Piece(
-                    name,
-                    mapping.lp_fragment_address.start,
-                    mapping.lp_fragment_address.numel,
-                    flats[mapping.param_group_index],
-                    mapping.hp_fragment_address.start,
-                )
-    else:
-        flats = flat_partitions(engine)
-        for name, parameter in named:
-            group, offset, size = wrapper.grad_position[wrapper.get_param_id(parameter)]
-            start = size * dist.get_rank()
-            length = min(size, parameter.ds_numel - start)
-            if length > 0:
-                yield Piece(name, start, length, flats[group], offset)
-
-
-def flat_partitions(engine: DeepSpeedEngine) -> list[torch.Tensor]:
-    """The flat float32 tensors that this rank's optimizer steps, under ZeRO 1 to 3."""
-    wrapper = engine.optimizer
-    if engine.zero_optimization_stage() == 3:
-        return wrapper.fp32_partitioned_groups_flat
-    flats = getattr(wrapper, "single_partition_of_fp32_groups", None)
-    if flats is None:  # bf16 weights with float32 gradients at stage 1
-        flats = wrapper.fp32_groups_flat_partition
-    return flats
 
 
 def _states(state: dict[str, Any], owner: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -153,7 +76,7 @@ def _tensors(state: dict[str, Any]) -> list[tuple[str, torch.Tensor]]:
     return [(k, v) for k, v in state.items() if torch.is_tensor(v) and k != STEP]
 
 
-def _scales(state: dict[str, Any], piece: Piece) -> dict[str, torch.Tensor]:
+def _scales(state: dict[str, Any], piece: Shard) -> dict[str, torch.Tensor]:
     """The scales of the blocks that a piece of an 8-bit state lies in."""
     return {key: piece.blocks(state[key]) for key in EIGHT_BIT if key in state}
 
@@ -205,57 +128,12 @@ def save(
     scalars = {"optimizer": _scalars(engine), "groups": counted}
     try:
         for stage in (prepare, write, finish):
-            _together(stage)
+            together(stage, "the checkpoint could not be written")
     except RunError as error:
         if rank == 0:
             remove(scratch)
         raise RunError(f"{error}; {newest_in_words(Run(folder.parent))}") from None
     return final
-
-
-def keep_newest(run: Run, count: int) -> None:
-    """Deletes all but the newest `count` whole checkpoints.
-
-    A damaged one counts for nothing: it goes with the whole ones that are older than those kept,
-    and stays where it is newer. One that somebody reads (see `reading`) stays this time.
-    """
-    kept = 0
-    for _, path in run.steps():
-        if kept < count:
-            kept += damage(path) is None
-        elif is_ours(path):
-            with _alone(path) as alone:
-                if alone:
-                    remove(path)
-
-
-@contextlib.contextmanager
-def reading(checkpoint: Path) -> Iterator[None]:
-    """Keeps a training process from deleting a checkpoint while it is read.
-
-    Raises:
-        FileNotFoundError: it is gone.
-    """
-    manifest = checkpoint / "manifest.json"
-    with manifest.open("rb") as file:
-        fcntl.flock(file, fcntl.LOCK_SH)
-        manifest.stat()  # it may have gone while this process waited
-        yield
-
-
-@contextlib.contextmanager
-def _alone(checkpoint: Path) -> Iterator[bool]:
-    """Whether nobody reads a checkpoint; if so, nobody begins to in the block."""
-    alone = True
-    with contextlib.ExitStack() as stack:
-        try:
-            file = stack.enter_context((checkpoint / "manifest.json").open("r+b"))
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            alone = False
-        except FileNotFoundError:  # damaged, so nobody does
-            pass
-        yield alone
 
 
 def gather_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -321,7 +199,7 @@ def _write_optimizer(engine: DeepSpeedEngine, folder: Path, rank: int, world: in
     from safetensors.torch import save_file
 
     tensors, index = {}, {}
-    for piece in pieces(engine):
+    for piece in shards(engine):
         state = engine.basic_optimizer.state.get(piece.owner, {})
         sources = {MASTER: piece.owner, **_states(state, piece.owner)}
         index[piece.name] = {
@@ -364,84 +242,7 @@ def _write_manifest(folder: Path) -> None:
         sync(directory)
 
 
-def _together(work: Any) -> None:
-    """Runs `work` on all ranks; if it fails on one, it fails on all."""
-    error: BaseException | None = None
-    try:
-        work()
-    except Exception as caught:  # whatever it is, the other ranks wait for this one
-        error = caught
-    failed = torch.tensor([0 if error is None else 1], device=device())
-    dist.all_reduce(failed)
-    if error is not None:
-        told = system_error(error) if isinstance(error, OSError) else one_line(error)
-        raise RunError(f"the checkpoint could not be written: {told}") from error
-    if failed.item():
-        raise RunError("the checkpoint could not be written on another rank; see its log")
-
-
 # ------------------------------------------------------------------------------------ reading
-
-
-def newest_in_words(run: Run) -> str:
-    """What is left when a run fails."""
-    path = next((path for _, path in run.steps() if not damage(path, hashes=False)), None)
-    if path is None:
-        return "no checkpoint is saved yet"
-    return f"saved is {path}, and the same command goes on from there"
-
-
-def newest(run: Run) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose every byte is as it was written, and what newer ones lack."""
-    while True:
-        complaints: list[str] = []
-        steps = run.steps()
-        for _, path in steps:
-            problem = damage(path)
-            if problem is None:
-                return path, complaints
-            complaints.append(f"{path}: {problem}")
-        if run.steps() == steps:  # none was written or deleted meanwhile
-            return None, complaints
-
-
-def damage(checkpoint: Path, *, hashes: bool = True) -> str | None:
-    """What is wrong with a checkpoint, or None; without `hashes` only sizes are looked at."""
-    try:
-        manifest = read_json(checkpoint / "manifest.json")
-        if manifest["format"] != FORMAT:
-            return f"its format is {manifest['format']!r}; this version reads {FORMAT}"
-        listed: dict[str, Any] = manifest["files"]
-        for name in listed:
-            if not (checkpoint / name).resolve().is_relative_to(checkpoint.resolve()):
-                return f"the manifest names a file outside of the folder: {name}"
-        there = [str(p.relative_to(checkpoint)) for p in checkpoint.rglob("*") if p.is_file()]
-        if unknown := [p for p in there if p not in listed and LOADED.match(p)]:
-            return f"{unknown[0]} is not what was written (the manifest does not list it)"
-        if "state.json" not in listed or not any(p.startswith("model/") for p in listed):
-            return "the manifest lists no state.json or no model"
-        for name, expected in listed.items():
-            if problem := file_damage(checkpoint / name, expected, hashes):
-                return f"{name} {problem}"
-        step = read_json(checkpoint / "state.json")["step"]
-        if checkpoint.name != f"step-{step:06}":
-            return f"state.json says that it is of step {step}"
-    except FileNotFoundError as error:
-        return f"no {Path(str(error.filename)).name}"
-    except Exception as error:  # whatever a damaged file leads to, it names the damage
-        return f"manifest.json or state.json cannot be read: {error}"
-    return None
-
-
-def file_damage(file: Path, expected: dict[str, Any], hashes: bool = True) -> str | None:
-    """How a file differs from its entry in a manifest, {bytes, sha256}, or None."""
-    if not file.is_file():
-        return "is missing"
-    if file.stat().st_size != expected["bytes"]:
-        return f"has {file.stat().st_size} bytes instead of {expected['bytes']}"
-    if hashes and sha256(file) != expected["sha256"]:
-        return "is not what was written (its SHA-256 differs)"
-    return None
 
 
 def load_optimizer(engine: DeepSpeedEngine, checkpoint: Path) -> dict[str, Any]:
@@ -471,7 +272,7 @@ def load_optimizer(engine: DeepSpeedEngine, checkpoint: Path) -> dict[str, Any]:
     optimizer = engine.basic_optimizer
     for group in optimizer.param_groups:
         group.update((name, state_json["groups"][name]) for name in optimizer.counted)
-    mine = list(pieces(engine))
+    mine = list(shards(engine))
     for piece in mine:
         state = optimizer.state[piece.owner]
         if not state:
@@ -533,7 +334,7 @@ class Saved:
     file: Any
     keys: set[str]
 
-    def is_as(self, piece: Piece, state: dict[str, torch.Tensor]) -> bool:
+    def is_as(self, piece: Shard, state: dict[str, torch.Tensor]) -> bool:
         """Whether it is this piece, with the same elements in the same blocks."""
         scales = {f"{self.name}:{scale}" for scale in EIGHT_BIT if scale in state}
         place = (piece.start, piece.length, piece.offset % STATE_BLOCK)

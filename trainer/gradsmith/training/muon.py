@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from .checkpoint import flat_partitions, pieces
-from .engine import device
+from ..ranks import device
+from .deepspeed_internals import flat_partitions, shards
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -26,7 +26,7 @@ def partitions(engine: DeepSpeedEngine) -> list[Partition]:
     row = {name: number for number, (name, _) in enumerate(named)}
     # A rank has at most one piece of a parameter: a table of (owner, start, length, offset).
     table = torch.full((len(named), 4), -1, dtype=torch.int64)
-    for piece in pieces(engine):
+    for piece in shards(engine):
         number = place[id(piece.owner)]
         table[row[piece.name]] = torch.tensor([number, piece.start, piece.length, piece.offset])
     tables = [torch.empty_like(table, device=device()) for _ in range(dist.get_world_size())]

@@ -1,3 +1,0 @@
-#include "adafactor_step/adafactor_step_kernels.h"
-
-const AdafactorKernels adafactor_avx512 = kAdafactorKernels;

@@ -1,3 +1,0 @@
-#include "augment/augment_kernels.h"
-
-const AugmentKernels augment_avx512 = AUGMENT_KERNELS;

@@ -1,3 +1,0 @@
-#include "glu/glu_kernels.h"
-
-const GluKernels glu_avx2 = {forward, backward};

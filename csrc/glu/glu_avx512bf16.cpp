@@ -1,3 +1,0 @@
-#include "glu/glu_kernels.h"
-
-const GluKernels glu_avx512bf16 = {forward, backward};

@@ -1,3 +1,0 @@
-#include "glu/glu_kernels.h"
-
-const GluKernels glu_portable = {forward, backward};

@@ -1,3 +1,0 @@
-#include "layer_norm/layer_norm_kernels.h"
-
-const LayerNormKernels layer_norm_avx512bf16 = {forward, backward, sums};

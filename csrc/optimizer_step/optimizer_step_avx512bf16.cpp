@@ -1,3 +1,0 @@
-#include "optimizer_step/optimizer_step_kernels.h"
-
-const StepKernels step_avx512bf16 = kStepKernels;

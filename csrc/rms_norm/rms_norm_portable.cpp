@@ -1,3 +1,0 @@
-#include "rms_norm/rms_norm_kernels.h"
-
-const RmsNormKernels rms_norm_portable = {forward, backward, dweight};

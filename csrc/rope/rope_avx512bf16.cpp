@@ -1,3 +1,0 @@
-#include "rope/rope_kernels.h"
-
-const RopeKernels rope_avx512bf16 = {rotate};

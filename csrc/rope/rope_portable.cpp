@@ -1,3 +1,0 @@
-#include "rope/rope_kernels.h"
-
-const RopeKernels rope_portable = {rotate};

@@ -1,0 +1,114 @@
+"""A tiny recipe for each task: what test_every_task.py goes through. A task that is missing here
+fails its collection."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+ANIMALS, DOING = ["cat", "dog", "bird"], ["runs", "sleeps", "eats"]
+WORDS = ["red", "green", "blue", *ANIMALS, *DOING, "fast", "slow", "big", "small", "here", "now"]
+CONFIG = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+# Another micro-batch draws other masks.
+WITHOUT_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+TRAINING = {
+    "steps": 4,
+    "global_batch": 8,
+    "micro_batch": 4,
+    "optimizer": {"lr": 3e-3},
+    "precision": "fp32",
+    "validate": {"every": 4, "sequences": 8},
+    "checkpoint": {"every": 2, "keep": 3},
+}
+
+
+def _text(random: random.Random, words: int) -> str:
+    return " ".join(random.choice(WORDS) for _ in range(words))
+
+
+def write_data(folder: Path) -> None:
+    """The sources of all recipes."""
+    draw = random.Random(0)
+    rows = {
+        "texts": [{"text": _text(draw, draw.randint(4, 30))} for _ in range(120)],
+        "chats": [
+            {"question": _text(draw, 3), "answer": _text(draw, draw.randint(1, 5))}
+            for _ in range(120)
+        ],
+        "labelled": [
+            {"text": text, "label": "cats" if "cat" in text.split() else "none"}
+            for text in (_text(draw, draw.randint(2, 9)) for _ in range(160))
+        ],
+        "pairs": [
+            {"prompt": _text(draw, 3), "chosen": _text(draw, 2), "rejected": _text(draw, 4)}
+            for _ in range(100)
+        ],
+    }
+    for name, found in rows.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+
+
+def recipes(folder: Path, base: Path) -> dict[str, dict[str, Any]]:
+    """data.task -> recipe, over what `write_data` wrote; `base` is a language model's folder."""
+
+    def recipe(name: str, data: dict[str, Any], **more: Any) -> dict[str, Any]:
+        return {
+            "name": name,
+            "seed": 3,
+            "output": str(folder / "runs" / name),
+            "data": {
+                "split": {"validation": 0.2, "test": 0.2},
+                "sequence_length": 48,
+                **data,
+            },
+            "training": TRAINING,
+            **more,
+        }
+
+    def source(name: str, **more: Any) -> list[dict[str, Any]]:
+        return [{"kind": "jsonl", "path": str(folder / f"{name}.jsonl"), **more}]
+
+    tokenizer = {"train": {"vocab_size": 300}}
+    llama = {"architecture": "llama", "config": CONFIG}
+    samples = {"generation": {"count": 1, "max_new_tokens": 4}}
+    return {
+        "language_modeling": recipe(
+            "texts",
+            {"sources": source("texts"), "tokenizer": tokenizer},
+            model=llama,
+            evaluation=samples,
+        ),
+        "chat": recipe(
+            "chats",
+            {
+                "task": "chat",
+                "sources": source("chats", prompt="question", response="answer"),
+                "tokenizer": tokenizer,
+            },
+            model=llama,
+            evaluation=samples,
+        ),
+        "text_classification": recipe(
+            "labelled",
+            {
+                "task": "text_classification",
+                "sources": source("labelled"),
+                "tokenizer": tokenizer,
+            },
+            model={"architecture": "bert", "config": {**CONFIG, **WITHOUT_DROPOUT}},
+            objective={"class_weights": "balanced", "label_smoothing": 0.1},
+        ),
+        "preference": recipe(
+            "pairs",
+            {"task": "preference", "sources": source("pairs")},
+            model={"from": str(base)},
+            objective={"name": "kto"},
+        ),
+    }

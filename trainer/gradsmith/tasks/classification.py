@@ -1,0 +1,222 @@
+"""Which of a number of classes a row belongs to. Letters: B rows of a batch, C classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ..blocks import Block, Examination, Result
+from ..data.labelled import LabelledSplit, LabelledTextProcessor
+from ..data.prepared import PreparedData
+from ..data.processor import Batch
+from ..recipe import Recipe
+from .figures import classification_blocks
+from .metrics import CLASSIFICATION_METRICS, ClassificationSums
+from .task import Task
+
+BATCH, LISTED = 64, 10
+
+
+class Classification(Task):
+    """Σ weight · cross-entropy; labels target, int64 (B,), and weight, float32 (B,).
+
+    With label smoothing ε, a class's target is 1 - ε + ε/C for its own and ε/C for the others'.
+    Metrics are of the classes alone: they know no weights and no smoothing.
+    """
+
+    unit = "rows"
+    metrics = tuple(
+        metric
+        for metric in CLASSIFICATION_METRICS
+        if metric.name in ("loss", "accuracy", "f1_macro", "calibration_error")
+    )
+    shown = ("accuracy", "f1_macro", "balanced_accuracy", "roc_auc", "loss", "calibration_error")
+
+    processor: Any
+
+    def __init__(self, recipe: Recipe, processor: Any) -> None:
+        super().__init__(recipe, processor)
+        self.labels: list[str] = processor.labels
+        self.sums = ClassificationSums(len(self.labels))
+
+    def head(self) -> dict[str, Any]:
+        return {
+            "num_labels": len(self.labels),
+            "id2label": dict(enumerate(self.labels)),
+            "label2id": {label: index for index, label in enumerate(self.labels)},
+            "problem_type": "single_label_classification",
+        }
+
+    def loss(self, model: Any, batch: Batch) -> torch.Tensor:
+        losses = F.cross_entropy(
+            self.outputs(model, batch).float(),
+            batch.labels["target"],
+            reduction="none",
+            label_smoothing=self.recipe.objective.label_smoothing,
+        )
+        return losses @ batch.labels["weight"]
+
+    def metric_sums(self, outputs: torch.Tensor, batch: Batch) -> torch.Tensor:
+        counts = (batch.labels["weight"] > 0).float()
+        return self.sums.sums(outputs, batch.labels["target"], counts)
+
+    def summarize(self, sums: torch.Tensor) -> dict[str, float]:
+        return self.sums.summarize(sums)
+
+    def examine(
+        self,
+        model: Any,
+        base: Any,
+        data: PreparedData,
+        split: str,
+        measured: Sequence[Result],
+        sums: torch.Tensor,
+    ) -> Examination:
+        """Which classes are taken for which, how sure is right, and what is reached unread."""
+        by_name = {metric.name: metric for metric in CLASSIFICATION_METRICS}
+        values = measured[0]["values"]
+        note = (
+            f"The {split} split: {values['examples']:,.0f} rows of {len(self.labels)} classes, "
+            "held out from training. Majority gives every row the shares that the classes have "
+            "in the training split."
+        )
+        return Examination(
+            results=[*measured, self.majority(sums)],
+            definitions=tuple(by_name[name] for name in self.shown if name in values),
+            blocks=classification_blocks(self.sums, sums, self.labels),
+            note=note,
+        )
+
+    def majority(self, sums: torch.Tensor) -> Result:
+        """What it reaches to give every row the classes' shares of the training split."""
+        support = torch.tensor([of["support"] for of in self.sums.per_class(sums)])
+        counts = torch.tensor(list(self.processor.classes.values()), dtype=torch.float64)
+        logits = (counts / counts.sum()).log().expand(len(counts), -1)
+        guessed = self.sums.sums(logits, torch.arange(len(counts)), support)
+        values = self.sums.summarize(guessed)
+        return {"name": "majority", "values": values, "note": "reads nothing"}
+
+    def decode(self, outputs: torch.Tensor) -> list[dict[str, Any]]:
+        """label, and scores: the probability of each class."""
+        found = []
+        for row in outputs.float().softmax(-1).cpu():
+            scores = dict(zip(self.labels, row.tolist(), strict=True))
+            found.append({"label": self.labels[int(row.argmax())], "scores": scores})
+        return found
+
+
+class TextClassification(Classification):
+    """A text's class, by any of transformers' sequence classifiers."""
+
+    auto_class = "AutoModelForSequenceClassification"
+    architectures = "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"
+    models_are = "sequence classifiers"
+    for_example = "bert, modernbert, llama"
+    peft_type = "SEQ_CLS"
+    processor: LabelledTextProcessor
+
+    @classmethod
+    def meta_inputs(cls, recipe: Recipe) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.zeros(1, 2, dtype=torch.long, device="meta")}
+
+    def config(self) -> dict[str, Any]:
+        tokenizer = self.processor.tokenizer
+        return {
+            "vocab_size": len(tokenizer),
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            **self.head(),
+        }
+
+    def examine(
+        self,
+        model: Any,
+        base: Any,
+        data: PreparedData,
+        split: str,
+        measured: Sequence[Result],
+        sums: torch.Tensor,
+    ) -> Examination:
+        found = super().examine(model, base, data, split, measured, sums)
+        held_out = data.split(split)
+        linear = self._linear(data, held_out)
+        if linear is None:
+            found.note += " Logistic regression on TF-IDF needs: pip install 'gradsmith[table]'."
+        else:
+            found.results.append(linear)
+            found.note += (
+                " TF-IDF + logistic regression reads words and pairs of words of the same rows."
+            )
+        found.blocks.append(self._surest_mistakes(model, held_out))
+        return found
+
+    @classmethod
+    def examined(cls, recipe: Any, split: str) -> tuple[str, ...]:
+        return (split, "train")
+
+    def _texts(self, split: LabelledSplit) -> list[str]:
+        rows = (split.row(i)["tokens"] for i in range(len(split)))
+        return [
+            self.processor.tokenizer.decode(row.tolist(), skip_special_tokens=True) for row in rows
+        ]
+
+    def _linear(self, data: PreparedData, held_out: LabelledSplit) -> Result | None:
+        """Logistic regression on TF-IDF of words and pairs of words; None without scikit-learn."""
+        try:
+            from sklearn.feature_extraction.text import TfidfVectorizer
+            from sklearn.linear_model import LogisticRegression
+        except ImportError:
+            return None
+        train = data.split("train")
+        vectorizer = TfidfVectorizer(ngram_range=(1, 2), min_df=1, sublinear_tf=True)
+        model = LogisticRegression(C=10.0, max_iter=1000)
+        model.fit(vectorizer.fit_transform(self._texts(train)), np.asarray(train.label))
+        logp = model.predict_log_proba(vectorizer.transform(self._texts(held_out)))
+        target = torch.from_numpy(np.asarray(held_out.label, np.int64))
+        sums = self.sums.sums(torch.from_numpy(logp), target)
+        return {
+            "name": "TF-IDF + logistic regression",
+            "values": self.sums.summarize(sums),
+            "note": "words and pairs of words",
+        }
+
+    @torch.no_grad()
+    def _surest_mistakes(self, model: Any, held_out: LabelledSplit) -> Block:
+        """The rows that the model is surest of, and wrong."""
+        rows, device = self.processor.dataset(held_out), next(model.parameters()).device
+        wrong: list[tuple[float, int, str]] = []
+        for first in range(0, len(rows), BATCH):
+            batch = rows.batch(range(first, min(first + BATCH, len(rows)))).to(device)
+            answers = self.decode(self.outputs(model, batch))
+            for i, (answer, target) in enumerate(
+                zip(answers, batch.labels["target"].tolist(), strict=True)
+            ):
+                if answer["label"] != self.labels[target]:
+                    wrong.append((answer["scores"][answer["label"]], first + i, answer["label"]))
+        table: list[list[str | float | None]] = []
+        for score, i, label in sorted(wrong, reverse=True)[:LISTED]:
+            row = held_out.row(i)
+            text = self.processor.tokenizer.decode(row["tokens"].tolist(), skip_special_tokens=True)
+            table.append([text[:300], self.labels[int(row["label"])], label, score])
+        return {
+            "kind": "table",
+            "title": "The surest mistakes",
+            "columns": [
+                {"name": "Text"},
+                {"name": "Label"},
+                {"name": "Answer"},
+                {"name": "Probability", "format": ".1%"},
+            ],
+            "rows": table,
+        }
+
+    def head(self) -> dict[str, Any]:
+        # Decoders find a row's last token by it.
+        return {**super().head(), "pad_token_id": self.processor.tokenizer.pad_token_id}
+
+    def rows_in_words(self, rows: int) -> str:
+        return f"{rows:,} texts of {len(self.labels)} classes"

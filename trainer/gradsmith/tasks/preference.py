@@ -1,0 +1,174 @@
+"""Which of two answers is better: DPO and its relatives.
+
+Letters: B pairs of a batch, P sequences of a pair (its two sides, and for KTO a third that does
+not belong together), S tokens of a sequence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..blocks import Examination, Result
+from ..data.packing import IGNORED
+from ..data.pairs import PairProcessor
+from ..data.prepared import PreparedData
+from ..data.processor import Batch
+from ..recipe import PreferenceRecipe
+from .language_modeling import LanguageModeling
+from .metrics import wilson_interval
+from .preference_losses import WITHOUT_REFERENCE, Pairs, preference_loss
+from .task import Metric, Task
+
+SUMS = ("loss", "right", "margin", "likelier", "pairs")
+"""What `metric_sums` adds up, in this order."""
+
+
+class Preference(Task):
+    """Σ over pairs of the loss that the recipe's objective names.
+
+    Inputs input_ids, int64 (B, P, S); labels targets, int64 (B, P, S), counts, float32 (B,), and
+    for a loss with one reference, float32 (B, P). Outputs are (B, P, 2): the log-probability of an
+    answer, Σ log p(token), and the number of its tokens.
+    """
+
+    unit = "pairs"
+    metrics = (
+        Metric("loss", "Loss", "nats per pair"),
+        Metric("accuracy", "Chosen is rewarded more", "", True, ".1%"),
+        Metric("margin", "Reward margin", "", True),
+        Metric("likelier", "Chosen is likelier", "", True, ".1%"),
+    )
+    auto_class = LanguageModeling.auto_class
+    architectures = LanguageModeling.architectures
+    models_are = LanguageModeling.models_are
+    for_example = LanguageModeling.for_example
+    peft_type = LanguageModeling.peft_type
+    processor: PairProcessor
+    recipe: PreferenceRecipe
+
+    def __init__(self, recipe: PreferenceRecipe, processor: PairProcessor) -> None:
+        super().__init__(recipe, processor)
+        self.needs_reference = recipe.objective.name not in WITHOUT_REFERENCE
+        self.needs_statistics = recipe.objective.name == "kto"
+
+    @classmethod
+    def meta_inputs(cls, recipe: Any) -> dict[str, torch.Tensor]:
+        return LanguageModeling.meta_inputs(recipe)
+
+    def config(self) -> dict[str, Any]:
+        return LanguageModeling.config(self)  # type: ignore[arg-type]
+
+    def check_model(self, model: Any) -> None:
+        LanguageModeling.check_model(self, model)  # type: ignore[arg-type]
+
+    def outputs(self, model: Any, batch: Batch) -> torch.Tensor:
+        ids, targets = batch.inputs["input_ids"], batch.labels.get("targets")
+        logits = model(input_ids=ids.flatten(0, 1), use_cache=False).logits
+        if targets is None:  # two models are compared on inputs alone
+            compared: torch.Tensor = logits
+            return compared
+        found = []
+        # Sequence by sequence, and answers only: float32 logits of all would be the largest tensor.
+        for row, labels in zip(logits, targets.flatten(0, 1), strict=True):
+            answer = labels != IGNORED
+            nll = F.cross_entropy(row[answer].float(), labels[answer], reduction="sum")
+            found.append(torch.stack([-nll, answer.sum().float()]))
+        return torch.stack(found).unflatten(0, ids.shape[:2])
+
+    def reference(self, outputs: torch.Tensor) -> torch.Tensor:
+        return outputs[..., 0]
+
+    def statistics(self, outputs: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """How much likelier the model makes answers to other prompts than the reference: the sum
+        of the log-ratios, and how many there are."""
+        counts = batch.labels["counts"]
+        ratios = outputs[:, 2, 0] - batch.labels["reference"][:, 2]
+        return torch.stack([(ratios * counts).sum(), counts.sum()]).double().cpu()
+
+    def loss(self, model: Any, batch: Batch) -> torch.Tensor:
+        losses, _ = self._losses(self.outputs(model, batch), batch)
+        return losses @ batch.labels["counts"]
+
+    def _losses(self, outputs: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """What each pair adds to the loss, and its margin, float32 (B,)."""
+        known = batch.labels.get("reference")
+        tokens = outputs[..., 1].clamp(min=1)  # a batch that counts for nothing has none
+        pairs = Pairs(
+            chosen=outputs[:, 0, 0],
+            rejected=outputs[:, 1, 0],
+            chosen_tokens=tokens[:, 0],
+            rejected_tokens=tokens[:, 1],
+            ref_chosen=None if known is None else known[:, 0],
+            ref_rejected=None if known is None else known[:, 1],
+        )
+        kl = None
+        if self.shared is not None:  # the mean over the global batch, not below 0
+            total, count = self.shared.tolist()
+            kl = outputs.new_tensor(max(0.0, total / max(1.0, count)))
+        return preference_loss(self.recipe.objective, pairs, kl)
+
+    def metric_sums(self, outputs: torch.Tensor, batch: Batch) -> torch.Tensor:
+        counts = batch.labels["counts"].double()
+        losses, margins = self._losses(outputs, batch)
+        likelier = outputs[:, 0, 0] > outputs[:, 1, 0]
+        values = torch.stack([losses, margins > 0, margins, likelier, torch.ones_like(losses)])
+        return (values.double() @ counts).cpu()
+
+    def summarize(self, sums: torch.Tensor) -> dict[str, float]:
+        *totals, pairs = sums.tolist()
+        means = [total / pairs if pairs else math.nan for total in totals]
+        named = dict(zip(("loss", "accuracy", "margin", "likelier"), means, strict=True))
+        return {**named, "pairs": int(pairs)}
+
+    def rows_in_words(self, rows: int) -> str:
+        return f"{rows:,} pairs"
+
+    def examine(
+        self,
+        model: Any,
+        base: Any,
+        data: PreparedData,
+        split: str,
+        measured: Sequence[Result],
+        sums: torch.Tensor,
+    ) -> Examination:
+        """How often the chosen answer is likelier than the other, before and after."""
+        bars = []
+        for result in reversed(measured):
+            right, pairs = result["values"]["likelier"], int(result["values"]["pairs"])
+            low, high = wilson_interval(right * pairs, pairs)
+            bars.append(
+                {
+                    "name": result["name"],
+                    "value": right,
+                    "low": low,
+                    "high": high,
+                    "ours": bool(result.get("ours")),
+                }
+            )
+        note = (
+            f"The {split} split, {int(measured[0]['values']['pairs']):,} pairs held out from "
+            "training. A reward is the log-ratio to the model before training, scaled by beta; "
+            "before training all are equal. Intervals are of 95 % (Wilson)."
+        )
+        block: Any = {
+            "kind": "bars",
+            "title": "The chosen answer is likelier than the rejected one",
+            "note": "share of the pairs",
+            "format": ".1%",
+            "bars": bars,
+        }
+        return Examination(list(measured), blocks=[block], note=note)
+
+    def decode(self, outputs: torch.Tensor) -> list[dict[str, Any]]:
+        """Which of the two answers is likelier, and the log-probability of each."""
+        found = []
+        for row in outputs[..., 0].cpu().tolist():
+            scores = {"chosen": row[0], "rejected": row[1]}
+            found.append({"label": "chosen" if row[0] > row[1] else "rejected", "scores": scores})
+        return found
