@@ -171,7 +171,8 @@ def _shrink(m: Floats, size: Any) -> float:
     1: the root of the determinant of its derivative."""
     u, v, w = (float(x) for x in m @ np.asarray([size[1] / 2, size[0] / 2, 1]))
     derivative = (m[:2, :2] - np.outer((u / w, v / w), m[2, :2])) / w
-    return max(1.0, abs(float(np.linalg.det(derivative))) ** 0.5)
+    shrunk: float = abs(float(np.linalg.det(derivative))) ** 0.5
+    return max(1.0, shrunk)
 
 
 def _shrink_along(m: Floats, size: Any) -> float:
