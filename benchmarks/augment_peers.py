@@ -26,10 +26,10 @@ def of(case: str, images: Sequence[Any]) -> tuple[dict[str, Callable[[], None]],
     """The peers of a case, ready to be called, and the names of libraries that are missing."""
     found, missing = {}, []
     for library, make in (
+        ("kornia", _kornia),  # first: its float copies leave nothing else in the caches
         ("torchvision v2", _torchvision),
         ("albumentations", _albumentations),
         ("OpenCV by hand", _opencv),
-        ("kornia", _kornia),
     ):
         try:
             peer = make(case)

@@ -128,6 +128,10 @@ struct AugmentKernels {
   // to = a * x + b * y, within [0, 255]
   void (*blend)(const float* x, float a, const float* y, float b, int64_t width, float* to);
   void (*store)(const float* plane, int64_t width, void* to, int dtype);
+  // A row of an RGB image straight to the output, whose planes are given: sampled, coloured and
+  // stored while it is in registers. False, and nothing done, if it has to go step by step.
+  bool (*whole_row)(const AugmentAxes&, int64_t row, const AugmentScratch&,
+                    const AugmentPixelOp*, int count, void* const* outputs, int dtype);
   // x = keep * x + (1 - keep) * y, and y = keep * y + (1 - keep) * x, of dtype
   void (*mix)(void* x, void* y, float keep, int64_t elements, int dtype);
 };

@@ -174,6 +174,12 @@ class Run {
   // the buffer.
   template <class F>
   void rows(float* keep, F&& f) {
+    rows(keep, f, [](auto&&...) { return false; });
+  }
+
+  // `whole` may take a row that is along the axes all by itself.
+  template <class F, class W>
+  void rows(float* keep, F&& f, W&& whole) {
     const bool aligned = map_.aligned();
     AugmentAxes axes;
     AugmentMap map;
@@ -186,6 +192,7 @@ class Run {
       RowMemory& memory = row_memory;
       memory.take(source_.width, width());
       for (int64_t row = begin; row < end; ++row) {
+        if (!buffered_ && aligned && whole(axes, row, memory.scratch)) continue;
         float* planes[3];
         float* const base = buffered_ ? buffer_ : keep;
         for (int c = 0; c < channels_; ++c)
@@ -406,10 +413,18 @@ class Run {
   void finish() {
     char* const out = batch_.outputs[image_];
     const int64_t w = width(), plane = height() * w, bytes = size_of(batch_.dtype);
-    rows(nullptr, [&](int64_t row, float* const* planes) {
-      for (int c = 0; c < channels_; ++c)
-        kernels_.store(planes[c], w, out + (c * plane + row * w) * bytes, batch_.dtype);
-    });
+    const int count = int(memory_.ops.size());
+    const AugmentPixelOp* const ops = memory_.ops.data();
+    const auto at = [&](int64_t row, int c) { return out + (c * plane + row * w) * bytes; };
+    rows(
+        nullptr,
+        [&](int64_t row, float* const* planes) {
+          for (int c = 0; c < channels_; ++c) kernels_.store(planes[c], w, at(row, c), batch_.dtype);
+        },
+        [&](const AugmentAxes& axes, int64_t row, const AugmentScratch& scratch) {
+          void* const outputs[3] = {at(row, 0), at(row, 1), at(row, 2)};
+          return kernels_.whole_row(axes, row, scratch, ops, count, outputs, batch_.dtype);
+        });
   }
 
   const AugmentBatch& batch_;

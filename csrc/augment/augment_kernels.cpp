@@ -210,6 +210,54 @@ void store_row(const float* plane, int64_t width, void* to, int dtype) {
   }
 }
 
+#if defined(__AVX2__)
+template <class D, int kPairs>
+inline void whole_row_as(const AugmentAxes& a, const AugmentScratch& scratch,
+                         const AugmentPixelOp* ops, int count, void* const* outputs) {
+  each_window<kPairs, 3>(
+      a.columns, a.width, scratch.planes, [&](int64_t x, const Vec* sampled) ALWAYS_INLINE {
+        Vec v[3] = {sampled[0], sampled[1], sampled[2]};
+        for (int k = 0; k < count; ++k) pixel_op<3>(ops[k], x, v);
+        for (int c = 0; c < 3; ++c) {
+          typename D::T* const out = static_cast<typename D::T*>(outputs[c]) + x;
+          if (x + kLanes <= a.width)
+            store<D>(out, v[c]);
+          else
+            store<D>(out, v[c], a.width - x);
+        }
+      });
+}
+
+template <class D>
+inline void whole_row_of(const AugmentAxes& a, const AugmentScratch& scratch,
+                         const AugmentPixelOp* ops, int count, void* const* outputs) {
+  if (a.columns.taps == 2) return whole_row_as<D, 1>(a, scratch, ops, count, outputs);
+  if (a.columns.taps == 4) return whole_row_as<D, 2>(a, scratch, ops, count, outputs);
+  whole_row_as<D, 3>(a, scratch, ops, count, outputs);
+}
+#endif
+
+bool whole_row(const AugmentAxes& a, int64_t row, const AugmentScratch& scratch,
+               const AugmentPixelOp* ops, int count, void* const* outputs, int dtype) {
+#if defined(__AVX2__)
+  if (!a.columns.windows || a.channels != 3 || a.with_signs || a.covered || dtype > kFloat16)
+    return false;
+  for (int k = 0; k < count; ++k)
+    if (of_the_row(ops[k])) return false;
+  mixed_row(a, row, scratch);
+  if (dtype == kFloat32)
+    whole_row_of<F32>(a, scratch, ops, count, outputs);
+  else if (dtype == kBFloat16)
+    whole_row_of<BF16>(a, scratch, ops, count, outputs);
+  else
+    whole_row_of<F16>(a, scratch, ops, count, outputs);
+  return true;
+#else
+  (void)a, (void)row, (void)scratch, (void)ops, (void)count, (void)outputs, (void)dtype;
+  return false;
+#endif
+}
+
 template <class D>
 inline void mix_as(void* x, void* y, float keep, int64_t elements) {
   typename D::T* const a = static_cast<typename D::T*>(x);
@@ -232,4 +280,4 @@ void mix(void* x, void* y, float keep, int64_t elements, int dtype) {
 
 const AugmentKernels AT_LEVEL(augment) = {
     kLanes, pack_columns,  axes_row,         map_row, pixels,    gray_sum,
-    range,  weighted_rows, weighted_columns, blend,   store_row, mix};
+    range,  weighted_rows, weighted_columns, blend,   store_row, whole_row, mix};

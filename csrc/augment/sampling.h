@@ -178,13 +178,15 @@ ALWAYS_INLINE inline Block four_by_four(const uint8_t* plane, const int32_t* bas
 #endif
 }
 
-template <int kPairs, int kChannels>
-ALWAYS_INLINE inline void mix_windows(const AugmentColumns& c, int64_t width,
-                                      uint8_t* const* bytes, float* const* planes) {
+// f(first column, vectors of the channels) for every vector of columns.
+template <int kPairs, int kChannels, class F>
+ALWAYS_INLINE inline void each_window(const AugmentColumns& c, int64_t width,
+                                      uint8_t* const* bytes, F&& f) {
   for (int64_t x = 0; x < width; x += kLanes) {
     const int32_t* bases = c.bases + x / 4;
     const uint8_t* masks = c.masks + x * kPairs * 4;
     const uint8_t* pairs = reinterpret_cast<const uint8_t*>(c.pairs + x * kPairs * 2);
+    Vec pixels[kChannels];
     for (int channel = 0; channel < kChannels; ++channel) {
       const Block v = four_by_four(bytes[channel], bases);
       Block sum = words(0);
@@ -193,9 +195,19 @@ ALWAYS_INLINE inline void mix_windows(const AugmentColumns& c, int64_t width,
         const Block weights = load_block(pairs + k * kBytes);
         sum = OF_BLOCK(add_epi32)(sum, OF_BLOCK(madd_epi16)(picked, weights));
       }
-      store<F32>(planes[channel] + x, (Vec)OF_BLOCK(cvtepi32_ps)(sum) * kColumnScale);
+      pixels[channel] = (Vec)OF_BLOCK(cvtepi32_ps)(sum) * kColumnScale;
     }
+    f(x, pixels);
   }
+}
+
+template <int kPairs, int kChannels>
+ALWAYS_INLINE inline void mix_windows(const AugmentColumns& c, int64_t width,
+                                      uint8_t* const* bytes, float* const* planes) {
+  each_window<kPairs, kChannels>(c, width, bytes, [&](int64_t x, const Vec* v) ALWAYS_INLINE {
+    for (int channel = 0; channel < kChannels; ++channel)
+      store<F32>(planes[channel] + x, v[channel]);
+  });
 }
 #endif
 
@@ -232,8 +244,8 @@ ALWAYS_INLINE inline void cover_row(const float* cover, float more, float fill, 
   }
 }
 
-inline void axes_row(const AugmentAxes& a, int64_t row, const AugmentScratch& scratch,
-                     float* const* planes) {
+// The bytes of a row of the output, before its columns are mixed, in scratch.planes.
+inline void mixed_row(const AugmentAxes& a, int64_t row, const AugmentScratch& scratch) {
   const AugmentImage& s = a.source;
   const int taps = a.rows.taps[row];
   const uint16_t* weights = a.rows.weights + row * a.rows.most;
@@ -247,6 +259,11 @@ inline void axes_row(const AugmentAxes& a, int64_t row, const AugmentScratch& sc
              interleaved ? scratch.row : scratch.planes[channel]);
   }
   if (interleaved) separate(scratch.row, a.columns.count, scratch.planes);
+}
+
+inline void axes_row(const AugmentAxes& a, int64_t row, const AugmentScratch& scratch,
+                     float* const* planes) {
+  mixed_row(a, row, scratch);
   mix_columns(a.columns, a.channels, a.width, scratch.planes, planes);
   if (a.with_signs)  // bicubic overshoots
     for (int channel = 0; channel < a.channels; ++channel)
