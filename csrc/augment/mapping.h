@@ -44,6 +44,17 @@ ALWAYS_INLINE inline Vec clamped(Vec v, float low, float high) {
 // The share of each pixel of a row that is inside of every image on the way; whether any is not.
 inline bool cover_of(const AugmentMap& a, int64_t row, Vec steps, float* cover) {
   const bool soft = a.interpolation != kNearest;
+  if (!a.projective) {  // a row is a line: inside, if both of its ends are
+    bool inside = true;
+    for (int k = 0; k < a.frames; ++k)
+      for (int end = 0; end < 2; ++end) {
+        const AugmentFrame& f = a.frame[k];
+        const double u = end ? double(a.width) - 0.5 : 0.5, v = double(row) + 0.5;
+        const double x = f.m[0] * u + f.m[1] * v + f.m[2], y = f.m[3] * u + f.m[4] * v + f.m[5];
+        inside &= x > 0.501 && x < f.width - 0.501 && y > 0.501 && y < f.height - 0.501;
+      }
+    if (inside) return false;
+  }
   Ints below = splat_int(0);
   for (int64_t x = 0; x < a.width; x += kLanes) {
     Vec share = splat(1.0f);
@@ -193,6 +204,7 @@ inline void bilinear_pixels(const AugmentMap& a, const AugmentScratch& scratch,
                             float* const* planes) {
   const AugmentImage& s = a.source;
   const int row = int(s.row), pixel = int(s.pixel);
+  Ints furthest = splat_int(0);
   for (int64_t i = 0; i < a.width; i += kLanes) {
     const Vec x = load<F32>(scratch.x + i) - 0.5f, y = load<F32>(scratch.y + i) - 0.5f;
     const Vec left = clamped(floor(x), float(a.x0), float(a.x1 - 2));
@@ -205,6 +217,7 @@ inline void bilinear_pixels(const AugmentMap& a, const AugmentScratch& scratch,
                          __builtin_convertvector(left, Ints) * pixel;
     const Ints columns = (16384 - right) | right << 16;
     const Half rows = __builtin_convertvector((127 - below) | below << 8, Half);
+    furthest = offsets > furthest ? offsets : furthest;
     memcpy(scratch.offsets + i, &offsets, sizeof offsets);
     memcpy(scratch.columns + i, &columns, sizeof columns);
     memcpy(scratch.weights_y + i, &rows, sizeof rows);
@@ -213,10 +226,15 @@ inline void bilinear_pixels(const AugmentMap& a, const AugmentScratch& scratch,
 #if defined(__AVX2__)
   if (s.pixel == 3 && s.plane == 1) {
     // 8 bytes are read for 6: not at the end of the last row, which may be that of the memory.
-    const int64_t last = (s.height - 1) * s.row + s.width * 3 - 8;
+    const int64_t last = (s.height - 2) * s.row + s.width * 3 - 8;
+    bool all_safe = true;
+    for (int k = 0; k < kLanes; ++k) all_safe &= furthest[k] <= last;
     for (; i + 8 <= a.width; i += 8) {
-      bool safe = true;
-      for (int k = 0; k < 8; ++k) safe &= scratch.offsets[i + k] + s.row <= last;
+      bool safe = all_safe;
+      if (!all_safe) {
+        safe = true;
+        for (int k = 0; k < 8; ++k) safe &= scratch.offsets[i + k] <= last;
+      }
       if (safe)
         eight_pixels(a, scratch, i, planes);
       else
