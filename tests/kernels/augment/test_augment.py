@@ -1,6 +1,9 @@
 """Augmentation: every backend and level gives the definition's pixels; the definitions agree with
 torchvision's, where it is installed; parameters follow from (seed, place) alone; bad input."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -484,3 +487,51 @@ def test_backends_say_what_they_have():
 def test_no_images():
     none = torch.zeros(0, 9, 9, 3, dtype=torch.uint8)
     assert len(run([A.RandomHorizontalFlip()], none)) == 0
+
+
+GUARDED = """
+import ctypes, mmap, torch
+from gradsmith_kernels import _native, augment as A
+libc, PAGE, kept = ctypes.CDLL(None), mmap.PAGESIZE, []
+
+def at_an_edge(image, last):
+    # The same image in memory that ends (or begins) at a page which must not be touched.
+    pages = -(-image.numel() // PAGE) + 2
+    memory = mmap.mmap(-1, pages * PAGE)
+    kept.append(memory)
+    base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for page in (base, base + (pages - 1) * PAGE):
+        assert libc.mprotect(ctypes.c_void_p(page), PAGE, 0) == 0
+    offset = (pages - 1) * PAGE - image.numel() if last else PAGE
+    edge = torch.frombuffer(memory, dtype=torch.uint8, offset=offset, count=image.numel())
+    return edge.view(image.shape).copy_(image)
+
+chains = [
+    [A.RandomResizedCrop(33), A.RandomHorizontalFlip()],
+    [A.RandomResizedCrop(33, interpolation="bicubic")],
+    [A.Resize((90, 70)), A.RandomVerticalFlip()],
+    [A.RandomRotation(180, "bilinear")],
+    [A.RandomRotation(180), A.RandomEqualize(1.0)],
+    [A.RandomAffine(9, scale=(0.3, 0.6), interpolation="bicubic")],
+    [A.RandomPerspective(p=1.0), A.RandomAdjustSharpness(2, 1.0), A.GaussianBlur(3)],
+]
+for level in _native.isa_levels():
+    _native.set_isa(level)
+    for height, width in ((41, 57), (5, 9), (16, 16), (2, 2), (70, 33)):
+        for channels in (3, 1):
+            image = torch.randint(256, (height, width, channels), dtype=torch.uint8)
+            for last in (True, False):
+                for planes in (False, True):
+                    x = at_an_edge(image.permute(2, 0, 1) if planes else image, last)
+                    for chain in chains:
+                        A.Compose(chain)([x] * 3, seed=1)
+print("clean")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="protects pages")
+def test_nothing_is_read_beyond_an_image():
+    command = [sys.executable, "-c", GUARDED]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-300:]
+    assert result.stdout.strip() == "clean"
