@@ -419,7 +419,8 @@ class Run {
     rows(
         nullptr,
         [&](int64_t row, float* const* planes) {
-          for (int c = 0; c < channels_; ++c) kernels_.store(planes[c], w, at(row, c), batch_.dtype);
+          for (int c = 0; c < channels_; ++c)
+            kernels_.store(planes[c], w, at(row, c), batch_.dtype);
         },
         [&](const AugmentAxes& axes, int64_t row, const AugmentScratch& scratch) {
           void* const outputs[3] = {at(row, 0), at(row, 1), at(row, 2)};
