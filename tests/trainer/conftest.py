@@ -13,9 +13,14 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers.utils import logging as transformers_logging
 
 from gradsmith.data.prepare import prepare
 from gradsmith.recipe import Recipe, parse_recipe
+
+# Its messages go to what is standard error when it is first used: within a test, that is closed
+# when the test is over, and the next one sees "Logging error".
+transformers_logging.get_logger("transformers")
 
 MODULES = ("json", "html", "logging", "urllib", "collections", "importlib")
 

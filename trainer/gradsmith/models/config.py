@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 from pathlib import Path
@@ -106,6 +107,11 @@ def config_of(recipe: Recipe, vocab_size: int | None = None) -> Any:
         config = config_class(**values)
     except Exception as error:
         raise UserError(f"model.config: {_told(error)}") from None
+    for key in ("bos", "eos", "pad", "cls", "sep"):  # of the type's own tokenizer, not of this one
+        if (getattr(config, f"{key}_token_id", None) or 0) >= getattr(
+            config, "vocab_size", math.inf
+        ):
+            setattr(config, f"{key}_token_id", None)
     heads = getattr(config, "num_attention_heads", None)
     shared = getattr(config, "num_key_value_heads", None)
     if heads and shared and heads % shared:
