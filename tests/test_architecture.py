@@ -41,10 +41,11 @@ ROOMS = {
     "verify": {"backends"},
     "ops/common": {"_native", "backends"},
     "ops": {"_native", "backends", "verify", "ops/common"},  # each op; not one another
+    "augment": {"_native", "backends", "ops/common"},
     "optim": {"_native", "verify", "ops"},
     "transformers": {"backends", "ops/common", "ops"},
     "certify": {"backends", "verify"},
-    "__init__": {"backends", "ops", "optim", "transformers"},
+    "__init__": {"augment", "backends", "ops", "optim", "transformers"},
 }
 
 

@@ -140,7 +140,9 @@ def test_the_recipe_in_the_readme_is_valid() -> None:
     assert parse_recipe(yaml.safe_load(block)).name
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/accelerate.md", "docs/optimizers.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/accelerate.md", "docs/augmentation.md", "docs/optimizers.md"]
+)
 def test_the_python_in_the_documents_runs(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,12 +9,13 @@
 >>> loss = linear_cross_entropy(hidden, lm_head.weight, target)   # without the logits
 >>> optimizer = optim.AdamW(model.parameters(), lr=3e-4)   # a torch.optim.Optimizer
 >>> report = accelerate(model)                             # our kernels under a transformers model
+>>> images = augment.Compose([augment.RandomResizedCrop(224)])(photos, seed=0)    # in one pass
 
 Needs torch and numpy; triton for GPUs. `python -m gradsmith_kernels.certify` proves the numbers on
 your machine, and `gradsmith_kernels.backends.availability()` says what runs where.
 """
 
-from gradsmith_kernels import backends, optim
+from gradsmith_kernels import augment, backends, optim
 from gradsmith_kernels.ops.attention import attention, attention_varlen
 from gradsmith_kernels.ops.glu import geglu, swiglu
 from gradsmith_kernels.ops.layer_norm import layer_norm
@@ -28,6 +29,7 @@ __all__ = [
     "accelerate",
     "attention",
     "attention_varlen",
+    "augment",
     "backends",
     "geglu",
     "layer_norm",

@@ -313,3 +313,31 @@ class AdafactorPlan:
         threads: int,
         /,
     ) -> None: ...
+
+def augment(
+    sources: int,
+    ops: int,
+    parameters: int,
+    outputs: int,
+    shape: tuple[int, int, int],
+    dtype: int,
+    seed: int,
+    places: int,
+    normal: int,
+    threads: int,
+    /,
+) -> None: ...
+def augment_uniform_numbers(
+    places: int, count_of_places: int, seed: int, stream: int, count: int, numbers: int, /
+) -> None: ...
+def augment_mix_pairs(
+    images: int, pairs: int, elements: int, dtype: int, keep: int, threads: int, /
+) -> None: ...
+def augment_swap_boxes(
+    images: int,
+    shape: tuple[int, int, int, int],
+    element_size: int,
+    boxes: int,
+    threads: int,
+    /,
+) -> None: ...

@@ -168,9 +168,11 @@ def op_names() -> list[str]:
 
 def availability() -> dict[str, dict[str, str | None]]:
     """The table op -> backend -> why it cannot run here (None: it can)."""
+    modules = {name: f"gradsmith_kernels.ops.{name}.op" for name in op_names()}
+    modules["augment"] = "gradsmith_kernels.augment.pipeline"  # a room, but it has backends as well
     table = {}
-    for name in op_names():
-        op: Op = importlib.import_module(f"gradsmith_kernels.ops.{name}.op").OP
+    for name, module in sorted(modules.items()):
+        op: Op = importlib.import_module(module).OP
         table[name] = {backend: op.missing(backend) for backend in BACKENDS}
     return table
 

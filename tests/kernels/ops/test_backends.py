@@ -38,6 +38,7 @@ def test_availability_names_every_op_and_backend():
     assert set(table) == {
         "adafactor_step",
         "attention",
+        "augment",
         "glu",
         "layer_norm",
         "linear",
