@@ -9,6 +9,7 @@ from typing import Any
 
 from gradsmith.data.prepare import prepare
 from gradsmith.data.prepared import PreparedData
+from gradsmith.data.tokenizer import load_tokenizer
 from gradsmith.recipe import Recipe, parse_recipe
 
 WORDS = ["the", "a", "red", "blue", "tree", "house", "runs", "over", "under", "small", "one", "if"]
@@ -35,6 +36,11 @@ def recipe(output: Path, seed: int = 1, **data: Any) -> Recipe:
 
 def make(output: Path, **data: Any) -> PreparedData:
     return prepare(recipe(output, **data), log=lambda _: None)
+
+
+def tokenizer_of(data: PreparedData) -> Any:
+    """The tokenizer of a text's prepared data."""
+    return load_tokenizer(str(data.folder / "tokenizer"), "data")
 
 
 def write_jsonl(path: Path, rows: list[Any]) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from data_recipes import dropped, jsonl_source, make, pairs, write_jsonl
+from data_recipes import dropped, jsonl_source, make, pairs, tokenizer_of, write_jsonl
 
 from gradsmith.data.chat import render
 from gradsmith.errors import UserError
@@ -22,7 +22,7 @@ def chat(output, source, **data):
 
 
 def answers(prepared) -> list[str]:
-    tokenizer, split = prepared.tokenizer(), prepared.split("train")
+    tokenizer, split = tokenizer_of(prepared), prepared.split("train")
     found = []
     for i in range(len(split)):
         ids, is_target = split.document(i)
@@ -40,7 +40,7 @@ def test_the_loss_is_on_the_answer_and_its_eos(tmp_path, source):
     ids, is_target = prepared.split("train").document(0)
     # the answer is one run of tokens at the end, as its own tokens and not as merged ones
     assert np.flatnonzero(is_target).tolist() == list(range(len(ids) - is_target.sum(), len(ids)))
-    tokenizer = prepared.tokenizer()
+    tokenizer = tokenizer_of(prepared)
     text = tokenizer.decode(ids[is_target].astype(int)).removesuffix("<|eos|>")
     alone = tokenizer(text, add_special_tokens=False).input_ids
     assert ids[is_target].tolist() == [*alone, tokenizer.eos_token_id]
@@ -61,7 +61,7 @@ def test_the_mask_is_the_one_that_transformers_computes_from_the_template(tmp_pa
     ]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     prepared = chat(tmp_path / "run", {"kind": "jsonl", "path": str(path)}, sequence_length=512)
-    tokenizer, split = prepared.tokenizer(), prepared.split("train")
+    tokenizer, split = tokenizer_of(prepared), prepared.split("train")
     assert len(split) == 10
     for i, row in enumerate(rows):
         theirs = tokenizer.apply_chat_template(
@@ -88,7 +88,7 @@ def test_a_system_prompt_is_added_where_there_is_none(tmp_path, source):
         split={"validation": 0.3, "test": 0.0},
     )
     ids, _ = prepared.split("train").document(0)
-    text = prepared.tokenizer().decode(ids.astype(int))
+    text = tokenizer_of(prepared).decode(ids.astype(int))
     assert text.startswith("<|bos|><|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nWhat")
     assert prepared.held_out("validation")[0]["messages"][0]["content"] == "Be kind."
 
@@ -217,7 +217,7 @@ def test_over_length_is_refused_with_the_numbers(tmp_path):
 
 
 def test_render_gives_the_answers_characters(tmp_path, source):
-    tokenizer = chat(tmp_path / "run", source, sequence_length=256).tokenizer()
+    tokenizer = tokenizer_of(chat(tmp_path / "run", source, sequence_length=256))
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b c"}]
     text, [(start, end)] = render(tokenizer, messages, "here")
     assert text[start:end] == "b c<|eos|>"

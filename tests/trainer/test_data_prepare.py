@@ -8,7 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_recipes import dropped, jsonl_source, make, pairs, recipe, words, write_jsonl
+from data_recipes import (
+    dropped,
+    jsonl_source,
+    make,
+    pairs,
+    recipe,
+    tokenizer_of,
+    words,
+    write_jsonl,
+)
 
 from gradsmith.data import tokenizer as tokenizers
 from gradsmith.data.columns import ColumnWriter
@@ -17,6 +26,7 @@ from gradsmith.data.prepare import prepare
 from gradsmith.data.prepared import PreparedData
 from gradsmith.data.split import side
 from gradsmith.data.text import TextProcessor, TokenSplit
+from gradsmith.data.tokenizer import token_bytes
 from gradsmith.errors import RunError, UserError
 from gradsmith.recipe import Split, parse_recipe
 
@@ -45,7 +55,7 @@ def prepared(source, tmp_path_factory) -> PreparedData:
 
 def sides(prepared: PreparedData) -> dict[str, str]:
     """Text -> split, of everything; the training texts are decoded from the shard."""
-    tokenizer, found = prepared.tokenizer(), {}
+    tokenizer, found = tokenizer_of(prepared), {}
     for name in prepared.manifest["splits"]:
         split = prepared.split(name)
         for i in range(len(split)):
@@ -73,7 +83,7 @@ def test_documents_are_bos_text_eos_and_decode_to_themselves(prepared, folder):
 
 
 def test_the_manifest_counts_what_is_there(prepared, folder):
-    sizes = prepared.token_bytes()
+    sizes = token_bytes(tokenizer_of(prepared))
     total = 0
     for name, entry in prepared.manifest["splits"].items():
         split = prepared.split(name)
@@ -192,16 +202,16 @@ def test_an_empty_share_is_an_error_with_the_counts(tmp_path):
 
 
 def test_the_trained_tokenizer_is_byte_level_deterministic_and_has_the_chat_tokens(prepared):
-    tokenizer = prepared.tokenizer()
+    tokenizer = tokenizer_of(prepared)
     text = "anything: \x00 \t naïve 日本 🙂\r\n  <|eos|>"
     with tokenizers.special_tokens_as_text(tokenizer) as backend:
         ids = backend.encode(text, add_special_tokens=False).ids
         assert backend.decode(ids) == text
-    assert prepared.token_bytes()[ids].sum() == len(text.encode())
+    assert token_bytes(tokenizer_of(prepared))[ids].sum() == len(text.encode())
     names = ["<|bos|>", "<|eos|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]
     special = [tokenizer.convert_tokens_to_ids(name) for name in names]
     assert special == [0, 1, 2, 3, 4]
-    assert prepared.token_bytes()[special].tolist() == [0] * 5
+    assert token_bytes(tokenizer_of(prepared))[special].tolist() == [0] * 5
     assert [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token] == names[:3]
     assert tokenizer("a").input_ids[0] == tokenizer.bos_token_id
     assert len(tokenizer) == prepared.manifest["vocab_size"] == 300
@@ -224,7 +234,7 @@ def test_only_the_training_split_trains_the_tokenizer(tmp_path):
     }
     for test, learned in ((0.0, True), (0.5, False)):
         run = make(tmp_path / "run", sources=[source], split={"validation": 0.0, "test": test})
-        assert any("qq" in token for token in run.tokenizer().get_vocab()) == learned
+        assert any("qq" in token for token in tokenizer_of(run).get_vocab()) == learned
 
 
 def test_a_smaller_vocabulary_than_asked_is_recorded(tmp_path):
@@ -266,7 +276,7 @@ def test_without_data_tokenizer_it_is_the_models(prepared, source, tmp_path):
 
 
 def test_a_tokenizer_without_bos_and_pad_uses_eos(prepared, source, tmp_path):
-    tokenizer = prepared.tokenizer()
+    tokenizer = tokenizer_of(prepared)
     tokenizer.bos_token = tokenizer.pad_token = None
     tokenizer.save_pretrained(tmp_path / "bare")
     run = make(

@@ -87,7 +87,9 @@ def test_the_bytes_are_those_of_the_raw_text(prepared):
     else:
         texts = [document["text"] for document in raw]
     assert found["bytes"] == sum(len(text.encode()) for text in texts)
-    assert target_text(prepared, "test") == "".join(texts).encode()
+    assert (
+        target_text(opened(prepared).processor, prepared.split("test")) == "".join(texts).encode()
+    )
 
 
 def test_the_sums_are_those_of_each_document_alone(prepared):
@@ -204,12 +206,13 @@ def test_bf16_is_summed_exactly_too(prepared):
 
 
 def test_a_part_of_a_split_is_a_seeded_choice_of_whole_documents(prepared):
-    whole = target_text(prepared, "train")
-    part = target_text(prepared, "train", at_most=500, seed=1)
+    processor, rows = opened(prepared).processor, prepared.split("train")
+    whole = target_text(processor, rows)
+    part = target_text(processor, rows, at_most=500, seed=1)
     assert len(part) == 500
-    assert part == target_text(prepared, "train", at_most=500, seed=1)
-    assert part != target_text(prepared, "train", at_most=500, seed=2)
-    assert sorted(target_text(prepared, "train", at_most=1 << 30)) == sorted(whole)
+    assert part == target_text(processor, rows, at_most=500, seed=1)
+    assert part != target_text(processor, rows, at_most=500, seed=2)
+    assert sorted(target_text(processor, rows, at_most=1 << 30)) == sorted(whole)
 
 
 def test_nothing_counted_is_no_number(prepared):

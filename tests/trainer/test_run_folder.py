@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from data_recipes import tokenizer_of
 
 from gradsmith import checkpoints
 from gradsmith.__main__ import main
@@ -268,7 +269,7 @@ def test_no_held_out_text_is_trained_on_whatever_the_layout(
     for share in (0.2, 0.3):  # the second time the first one's data are there
         assert main(["prepare", recipe, *overrides, f"data.split.test={share}"]) == 0
         prepared = PreparedData.open("runs/x/data")
-        tokens, tokenizer = prepared.split("train").tokens, prepared.tokenizer()
+        tokens, tokenizer = prepared.split("train").tokens, tokenizer_of(prepared)
         text = tokenizer.decode(tokens.astype(int))
         held_out = [row["text"] for row in prepared.held_out("test")]
         assert len(held_out) > 5

@@ -16,6 +16,7 @@ from gradsmith.data.prepare import prepare
 from gradsmith.data.prepared import PreparedData
 from gradsmith.errors import UserError
 from gradsmith.models.build import build_model
+from gradsmith.models.config import config_of
 from gradsmith.recipe import Recipe, parse_recipe
 from gradsmith.tasks import make_task
 from gradsmith.training import loop
@@ -43,6 +44,18 @@ def prepared(recipe: Recipe) -> PreparedData:
 def dropped(data: PreparedData) -> dict[str, int]:
     rows = [row for row in data.manifest["ledger"] if row["what"] == "dropped"]
     return {row["reason"]: row["documents"] for row in rows}
+
+
+@pytest.mark.parametrize("eos", [[1, 2], 5_000_000])
+def test_a_config_may_name_several_tokens_or_ones_of_another_vocabulary(
+    folder: Path, tmp_path: Path, eos: Any
+) -> None:
+    config = {"config": {**every_task.CONFIG, "eos_token_id": eos}}
+    recipe = recipe_of(
+        "language_modeling", folder, tmp_path / "run", model={"architecture": "llama", **config}
+    )
+    found = config_of(recipe, 300)
+    assert found.eos_token_id == (eos if isinstance(eos, list) else None)
 
 
 # ------------------------------------------------------------------------------- classification

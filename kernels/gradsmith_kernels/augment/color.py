@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -84,9 +85,9 @@ class _Sometimes(Transform):
     def __init__(self, p: float) -> None:
         self.p = probability(type(self).__name__, p)
 
+    @abstractmethod
     def step(self) -> tuple[Any, ...]:
         """The op and its parameters."""
-        raise NotImplementedError
 
     def add_to(self, program: Program) -> None:
         where = program.uniform(1)[:, 0] < self.p

@@ -6,6 +6,7 @@ the batch. So the result does not depend on how the run is cut into batches.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ OP = Op(
 Floats = npt.NDArray[np.float64]
 
 
-class _Mix:
+class _Mix(ABC):
     """mix(images, labels, seed=...) -> (images, labels); the images are changed in place."""
 
     dtypes: tuple[torch.dtype, ...]
@@ -104,9 +105,9 @@ class _Mix:
             )
         return torch.nn.functional.one_hot(labels.long(), self.num_classes).float()
 
+    @abstractmethod
     def _mix(self, images: Tensor, keep: Floats, u: Floats, backend: str) -> Floats:
         """Mixes the pairs; returns what share of itself each image has kept."""
-        raise NotImplementedError
 
 
 def _pairs(owner: str, places: Any, images: int) -> Any:

@@ -63,6 +63,19 @@ def content_digest(content: str | Messages | dict[str, Any]) -> bytes:
     return hashlib.sha256(text.encode("utf-8")).digest()[:16]
 
 
+@dataclass(frozen=True)
+class Dropped:
+    """Why an example goes no further.
+
+    Attributes:
+        step: where it left, a step of the ledger.
+        reason: why, for a person.
+    """
+
+    step: str
+    reason: str
+
+
 class Ledger:
     """Counts of everything that came in, left, or was changed, each with its reason.
 
@@ -94,6 +107,11 @@ class Ledger:
         count = self._counts.setdefault((step, what, reason, source), [0, 0])
         count[0] += documents
         count[1] += tokens
+
+    def drop(self, step: str, reason: str, *, tokens: int = 0) -> Dropped:
+        """Counts an example that leaves at a step, and says why it does."""
+        self.add(step, "dropped", tokens=tokens, reason=reason)
+        return Dropped(step, reason)
 
     def rows(self) -> list[dict[str, Any]]:
         """Rows with step, what, documents, and where they say something tokens, reason, source."""

@@ -15,10 +15,10 @@ from ..files import write_json
 from ..reading import read_json
 from ..shapes import LabelledProcessor
 from .columns import Column, Columns
-from .example import Example, Ledger, content_digest
-from .processor import Batch, Dropped, Processor, Row
+from .example import Dropped, Example, Ledger, content_digest
+from .processor import Batch, Processor, Row
 from .readers import kind_of, string, value_of
-from .text import fit_tokenizer, tokenizer_inputs, tokenizer_place
+from .text import check_tokenizer, fit_tokenizer, tokenizer_inputs
 from .tokenizer import load_tokenizer, special_tokens_as_text
 
 
@@ -80,9 +80,7 @@ class LabelledTextProcessor(Processor):
 
     @classmethod
     def check(cls, recipe: Any) -> None:
-        place = tokenizer_place(recipe)
-        if place is not None and Path(place[0]).is_dir():
-            load_tokenizer(*place, needs_eos=False)
+        check_tokenizer(recipe, needs_eos=False)
 
     @classmethod
     def fit(
@@ -109,20 +107,18 @@ class LabelledTextProcessor(Processor):
             encodings = backend.encode_batch([example.fields["text"] for example in examples])
         rows: list[Row | Dropped] = []
         for example, encoding in zip(examples, encodings, strict=True):
-            label, ids = example.fields.get("label"), encoding.ids
+            label, ids = example.fields["label"], encoding.ids
             ledger.add("tokenize", "in")
-            if label is not None and label not in self._index:
+            if label not in self._index:
                 reason = f'the training split has no row of the class "{label}"'
-                ledger.add("tokenize", "dropped", reason=reason)
-                rows.append(Dropped("tokenize", reason))
+                rows.append(ledger.drop("tokenize", reason))
                 continue
             if len(ids) > self.longest:
                 reason = f"longer than {self.longest} tokens"
                 ledger.add("tokenize", "truncated", tokens=len(ids) - self.longest, reason=reason)
                 ids = self._cut(encoding)
             ledger.add("tokenize", "kept", tokens=len(ids))
-            index = -1 if label is None else self._index[label]
-            rows.append({"tokens": np.array(ids, np.int64), "label": np.array(index)})
+            rows.append({"tokens": np.array(ids), "label": np.array(self._index[label])})
         return rows
 
     def _cut(self, encoding: Any) -> list[int]:
@@ -141,9 +137,6 @@ class LabelledTextProcessor(Processor):
 
     def dataset(self, split: LabelledSplit, *, augment: bool = False) -> LabelledTexts:
         return LabelledTexts(self, split)
-
-    def collate(self, rows: Sequence[Row]) -> Batch:
-        return self.padded([row["tokens"] for row in rows])
 
     def padded(self, texts: Sequence[np.ndarray]) -> Batch:
         """inputs input_ids and attention_mask, int64 (B, S), S the longest of these rows."""

@@ -19,11 +19,18 @@ from ..reading import read_json
 from ..shapes import PairSettings
 from .chat import render
 from .columns import Column, Columns
-from .example import Example, Ledger, Messages, content_digest
+from .example import Dropped, Example, Ledger, Messages, content_digest
 from .packing import IGNORED
-from .processor import Batch, Dropped, Processor, Row
+from .processor import Batch, Processor, Row
 from .readers import messages_of, value_of
-from .text import TextProcessor, add_template, fit_tokenizer, special_tokens
+from .text import (
+    SPECIAL,
+    TextProcessor,
+    add_template,
+    fit_tokenizer,
+    holds_special,
+    special_tokens,
+)
 from .tokenizer import load_tokenizer
 
 SIDES = ("chosen", "rejected")
@@ -127,17 +134,12 @@ class PairProcessor(Processor):
         return [self._encode(example, ledger) for example in examples]
 
     def _encode(self, example: Example, ledger: Ledger) -> Row | Dropped:
-        def drop(step: str, reason: str, tokens: int = 0) -> Dropped:
-            ledger.add(step, "dropped", tokens=tokens, reason=reason)
-            return Dropped(step, reason)
-
         prompt, sides = self.conversation(example.fields)
         ledger.add("render", "in")
         if sides[0] == sides[1]:
-            return drop("render", "both answers are the same")
-        contents = [message["content"] for message in (*prompt, *sides)]
-        if any(token in content for content in contents for token in self._special):
-            return drop("render", "has the text of a special token in it")
+            return ledger.drop("render", "both answers are the same")
+        if holds_special(self._special, [*prompt, *sides]):
+            return ledger.drop("render", SPECIAL)
         ledger.add("render", "kept")
         row: Row = {}
         size = 0
@@ -160,9 +162,10 @@ class PairProcessor(Processor):
                     "data.sequence_length, or drop or truncate here"
                 )
             if max(int(row[f"{name}_start"]) for name in SIDES) >= self.longest:
-                return drop("length", "its prompt alone fills data.sequence_length", size)
+                reason = "its prompt alone fills data.sequence_length"
+                return ledger.drop("length", reason, tokens=size)
             if self.over_length == "drop":
-                return drop("length", reason, size)
+                return ledger.drop("length", reason, tokens=size)
             row |= {name: row[name][: self.longest] for name in SIDES}
             kept = sum(len(row[name]) for name in SIDES)
             ledger.add("length", "truncated", tokens=size - kept, reason=reason)
@@ -171,13 +174,12 @@ class PairProcessor(Processor):
         return row
 
     def conversation(self, fields: dict[str, Any]) -> tuple[Messages, list[dict[str, str]]]:
-        """The prompt's messages, and the message of each side that is there."""
+        """The prompt's messages, and the message of each side."""
         prompt = fields["prompt"]
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
         if self.system is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": self.system})
-        answers = [fields[name] for name in SIDES if name in fields]
-        return messages, [{"role": "assistant", "content": answer} for answer in answers]
+        return messages, [{"role": "assistant", "content": fields[name]} for name in SIDES]
 
     def tally(self, example: Example, row: Row) -> dict[str, int]:
         tokens = sum(len(row[name]) for name in SIDES)
@@ -186,13 +188,6 @@ class PairProcessor(Processor):
 
     def dataset(self, split: PairSplit, *, augment: bool = False) -> Pairs:
         return Pairs(self, split)
-
-    def collate(self, rows: Sequence[Row]) -> Batch:
-        found = [
-            [(np.asarray(row[name], np.int64), int(row[f"{name}_start"])) for name in SIDES]
-            for row in rows
-        ]
-        return self.padded(found)
 
     def padded(self, pairs: Sequence[Sequence[tuple[np.ndarray, int]]]) -> Batch:
         """input_ids and the labels `targets`, int64 (B, P, S): what follows a place in an answer,

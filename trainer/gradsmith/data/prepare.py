@@ -16,9 +16,9 @@ from ..recipe import Recipe
 from ..run import Run, check_output
 from .clean import clean, deduplicate
 from .columns import ColumnWriter, HashedFile
-from .example import Example, Ledger
+from .example import Dropped, Example, Ledger
 from .prepared import FORMAT, PreparedData
-from .processor import PROCESSOR_FILES, Dropped, Processor, processor_class
+from .processor import PROCESSOR_FILES, Processor, processor_class
 from .sources import check_sources, fingerprint, read
 from .split import SPLITS, assign
 

@@ -17,8 +17,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ..errors import UserError
 from ..files import file_entry, fingerprint_of
 from ..reading import check, describe, parse_json, read_json
@@ -133,24 +131,21 @@ class PreparedData:
         columns = self._processor.stored(self.manifest)
         return self._processor.split_class(self.folder / name, columns)
 
-    def tokenizer(self) -> Any:
-        """The transformers PreTrainedTokenizerFast of a text's task."""
-        from .tokenizer import load_tokenizer
+    def held_out_path(self, name: str) -> Path:
+        """The file with the raw examples of validation or test.
 
-        return load_tokenizer(str(self.folder / "tokenizer"), "data")
-
-    def token_bytes(self) -> np.ndarray:
-        """UTF-8 bytes that each id stands for, int32 (V,); special tokens 0."""
-        from .tokenizer import token_bytes
-
-        return token_bytes(self.tokenizer())
-
-    def held_out(self, name: str) -> list[dict[str, Any]]:
-        """The raw examples of validation or test, as `Example.to_json` writes them."""
+        Raises:
+            UserError: there is no such split, or it is not held out.
+        """
         self._check(name)
         path = self.folder / name / "documents.jsonl"
         if not path.is_file():
             raise UserError(f"{path}: raw documents are kept for validation and test only")
+        return path
+
+    def held_out(self, name: str) -> list[dict[str, Any]]:
+        """The raw examples of validation or test, as `Example.to_json` writes them."""
+        path = self.held_out_path(name)
         with path.open(encoding="utf-8") as lines:
             return [parse_json(line, f"{path}:{n}") for n, line in enumerate(lines, 1)]
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
@@ -19,7 +19,7 @@ import torch
 from ..recipe import Source
 from ..shapes import DataManifest, ProcessorManifest
 from .columns import Column, Columns
-from .example import Example, Ledger
+from .example import Dropped, Example, Ledger
 from .tokenizer import TOKENIZER_FILES
 
 Row = dict[str, np.ndarray]
@@ -41,8 +41,7 @@ PROCESSORS = {
 
 
 def processor_class(task: str) -> type[Processor]:
-    module, _, name = PROCESSORS[task].partition(":")
-    found: type[Processor] = getattr(import_module(f"gradsmith.data.{module}"), name)
+    found: type[Processor] = resolve_name(f"gradsmith.data.{PROCESSORS[task]}")
     return found
 
 
@@ -66,19 +65,6 @@ class Batch:
 
         inputs = {name: moved(tensor) for name, tensor in self.inputs.items()}
         return Batch(inputs, {name: tensor.to(device) for name, tensor in self.labels.items()})
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """Why an example goes no further.
-
-    Attributes:
-        step: where it left, a step of the ledger.
-        reason: why, for a person.
-    """
-
-    step: str
-    reason: str
 
 
 class Dataset(Protocol):
@@ -220,10 +206,6 @@ class Processor(ABC):
     @abstractmethod
     def dataset(self, split: Any, *, augment: bool = False) -> Dataset:
         """The rows of an opened split."""
-
-    def collate(self, rows: Sequence[Row]) -> Batch:
-        """Rows that no split holds, such as requests, as a batch without labels."""
-        raise NotImplementedError
 
     @abstractmethod
     def dummy_inputs(self, rows: int, generator: torch.Generator) -> dict[str, torch.Tensor]:

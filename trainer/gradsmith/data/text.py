@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,10 +15,10 @@ from ..files import file_entry, files_in
 from ..shapes import TextManifest
 from .chat import CHATML, prompt_of, render
 from .columns import Column, Columns
-from .example import Example, Ledger, content_digest
+from .example import Dropped, Example, Ledger, Messages, content_digest
 from .files import decode
 from .packing import Sequences
-from .processor import Dropped, Processor, Row
+from .processor import Processor, Row
 from .readers import messages_of, string
 from .tokenizer import (
     TOKENIZER_FILES,
@@ -27,6 +28,8 @@ from .tokenizer import (
     token_bytes,
     train_tokenizer,
 )
+
+SPECIAL = "has the text of a special token in it"  # why an example is dropped
 
 
 class TokenSplit(Columns):
@@ -62,8 +65,12 @@ class TextProcessor(Processor):
 
     def __init__(self, tokenizer: Any, recipe: Any):
         self.tokenizer, self.data = tokenizer, recipe.data
-        self.token_bytes = token_bytes(tokenizer)
         self.columns = self.stored({"vocab_size": len(tokenizer)})
+
+    @cached_property
+    def token_bytes(self) -> np.ndarray:
+        """UTF-8 bytes that each id stands for, int32 (V,); special tokens 0."""
+        return token_bytes(self.tokenizer)
 
     @classmethod
     def check_source(cls, source: Any, where: str) -> None:
@@ -90,9 +97,8 @@ class TextProcessor(Processor):
 
     @classmethod
     def check(cls, recipe: Any) -> None:
-        place, template = tokenizer_place(recipe), recipe.data.chat.template
-        if place is not None and Path(place[0]).is_dir():
-            load_tokenizer(*place)
+        template = recipe.data.chat.template
+        check_tokenizer(recipe)
         if template is not None and not Path(template).is_file():
             raise UserError(f"data.chat.template: {template}: no such file")
 
@@ -261,11 +267,8 @@ class ChatProcessor(TextProcessor):
         if system is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": system})
         ledger.add("render", "in")
-        # in a rendered text it would be the token, and could end or begin a turn
-        if any(token in message["content"] for message in messages for token in self._special):
-            reason = "has the text of a special token in it"
-            ledger.add("render", "dropped", reason=reason)
-            return Dropped("render", reason)
+        if holds_special(self._special, messages):
+            return ledger.drop("render", SPECIAL)
         ledger.add("render", "kept")
         return render(self.tokenizer, messages, example.source)
 
@@ -289,13 +292,11 @@ class ChatProcessor(TextProcessor):
                 )
             kept, reason = room, f"longer than {room} tokens"
             if over_length == "drop":
-                ledger.add("length", "dropped", tokens=length, reason=reason)
-                return Dropped("length", reason)
+                return ledger.drop("length", reason, tokens=length)
             ledger.add("length", "truncated", tokens=length - kept, reason=reason)
             reason = "no answer's token left after truncation"
         if not targets[:kept].any():
-            ledger.add("length", "dropped", tokens=kept, reason=reason)
-            return Dropped("length", reason)
+            return ledger.drop("length", reason, tokens=kept)
         ledger.add("length", "kept", tokens=kept)
         return kept
 
@@ -373,6 +374,22 @@ def special_tokens(tokenizer: Any) -> list[str]:
     """The texts of the special tokens."""
     added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
     return [token.content for token in added if token.special]
+
+
+def holds_special(special: Sequence[str], messages: Messages) -> bool:
+    """Whether a message has the text of a special token in it: once rendered it would be the
+    token, and could end or begin a turn."""
+    return any(token in message["content"] for message in messages for token in special)
+
+
+def check_tokenizer(recipe: Any, *, needs_eos: bool = True) -> None:
+    """
+    Raises:
+        UserError: the recipe takes a tokenizer that is here, and cannot be loaded.
+    """
+    place = tokenizer_place(recipe)
+    if place is not None and Path(place[0]).is_dir():
+        load_tokenizer(*place, needs_eos=needs_eos)
 
 
 def tokenizer_inputs(recipe: Any) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def _evaluate(run: Run, split: str) -> dict[str, Any]:
 
     recipe = run.recipe()
     prepared = PreparedData.open(run.data)
-    prepared.held_out(split)  # before the model: a wrong split is said at once
+    prepared.held_out_path(split)  # before the model: a wrong split is said at once
     with open_model(run.folder) as found:
         assert found.checkpoint is not None
         if read_json(found.checkpoint / "state.json")["data"] != prepared.fingerprint:
@@ -68,6 +68,7 @@ def _results(
     run: Run, recipe: Recipe, data: PreparedData, split: str, found: Model
 ) -> dict[str, Any]:
     from ..models.build import load_model, open_task
+    from ..tasks.task import Subject
     from .measure import measure, reference
 
     task = open_task(recipe, found)
@@ -88,7 +89,7 @@ def _results(
         }
         for (name, _), total in zip(subjects, sums, strict=True)
     ]
-    examined = task.examine(model, base, data, split, measured, sums[0])
+    examined = task.examine(Subject(model, base, data, split, measured, sums[0]))
     return {
         "task": data.task,
         "split": split,

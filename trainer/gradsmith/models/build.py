@@ -19,7 +19,7 @@ from ..run import Run
 from ..tasks import make_task
 from ..tasks.task import Task
 from .base import Model, adapter_base, base_of, open_model
-from .config import config_of
+from .config import auto_class, config_of, lora_config
 from .folder import check_weights, check_whole_model, is_adapter, load_config
 
 if TYPE_CHECKING:
@@ -115,13 +115,6 @@ def open_task(recipe: Recipe, found: Model) -> Task:
     return make_task(recipe, processor)
 
 
-def auto_class(task: Task | type[Task]) -> Any:
-    """transformers' class that builds a task's models."""
-    import transformers
-
-    return getattr(transformers, task.auto_class)
-
-
 def _load(
     model: Model, task: Task | type[Task], dtype: torch.dtype | None, key: str = "model.from"
 ) -> PreTrainedModel:
@@ -172,20 +165,12 @@ def _attach_adapter(base: PreTrainedModel, recipe: Recipe, task: Task, weights: 
             return peft.PeftModel.from_pretrained(
                 base, str(weights), is_trainable=True, autocast_adapter_dtype=False
             )
-    adapter = recipe.model.adapter
-    assert adapter is not None
     # peft writes this name into the adapter's folder, where it must hold from any directory
     folder = Path(str(base.name_or_path))
     if folder.is_dir():
         base.config._name_or_path = base.name_or_path = str(folder.resolve())
-    config = peft.LoraConfig(
-        r=adapter.rank,
-        lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # peft takes any number
-        lora_dropout=adapter.dropout,
-        target_modules=adapter.target,
-        task_type=task.peft_type,
-    )
     try:
+        config = lora_config(recipe, task)
         return peft.get_peft_model(base, config, autocast_adapter_dtype=False)
     except ValueError as error:
         raise UserError(f"model.adapter.target: {error}") from None

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 # Read by transformers for models with rotary positions, though no config class declares them.
 ROTARY_KEYS = {"rope_theta", "rope_scaling", "partial_rotary_factor"}
-
-
 MAX_LAYERS = 1000
 
 
@@ -107,10 +105,10 @@ def config_of(recipe: Recipe, vocab_size: int | None = None) -> Any:
         config = config_class(**values)
     except Exception as error:
         raise UserError(f"model.config: {_told(error)}") from None
-    for key in ("bos", "eos", "pad", "cls", "sep"):  # of the type's own tokenizer, not of this one
-        if (getattr(config, f"{key}_token_id", None) or 0) >= getattr(
-            config, "vocab_size", math.inf
-        ):
+    vocabulary = getattr(config, "vocab_size", math.inf)
+    for key in ("bos", "eos", "pad", "cls", "sep"):
+        known = getattr(config, f"{key}_token_id", None)
+        if isinstance(known, int) and known >= vocabulary:  # of the type's own tokenizer
             setattr(config, f"{key}_token_id", None)
     heads = getattr(config, "num_attention_heads", None)
     shared = getattr(config, "num_key_value_heads", None)
@@ -181,28 +179,43 @@ def _check_length(recipe: Recipe, config: Any) -> None:
         raise UserError(f"data.sequence_length: found {length}; {where} allows at most {positions}")
 
 
+def auto_class(task: Task | type[Task]) -> Any:
+    """transformers' class that builds a task's models."""
+    import transformers
+
+    return getattr(transformers, task.auto_class)
+
+
 def _on_meta(config: Any, task: type[Task], where: str) -> Any:
     import torch
-    import transformers
 
     try:
         with torch.device("meta"):
-            auto = getattr(transformers, task.auto_class)
-            return auto.from_config(config, trust_remote_code=False)
+            return auto_class(task).from_config(config, trust_remote_code=False)
     except Exception as error:
         raise UserError(f"{where}: no model can be built: {_told(error)}") from None
 
 
-def _with_adapter(model: Any, recipe: Recipe, task: type[Task]) -> Any:
-    from peft import LoraConfig, get_peft_model
+def lora_config(recipe: Recipe, task: Task | type[Task]) -> Any:
+    """peft's config for the recipe's adapter."""
+    from peft import LoraConfig
 
     adapter = recipe.model.adapter
     assert adapter is not None
+    return LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # peft takes any number
+        lora_dropout=adapter.dropout,
+        target_modules=adapter.target,
+        task_type=task.peft_type,
+    )
+
+
+def _with_adapter(model: Any, recipe: Recipe, task: type[Task]) -> Any:
+    from peft import get_peft_model
+
     try:
-        return get_peft_model(
-            model,
-            LoraConfig(r=adapter.rank, target_modules=adapter.target, task_type=task.peft_type),
-        )
+        return get_peft_model(model, lora_config(recipe, task))
     except Exception as error:
         raise UserError(f"model.adapter.target: {_told(error)}") from None
 

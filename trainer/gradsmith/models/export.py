@@ -20,7 +20,8 @@ from ..run import Run
 from ..shapes import AdapterConfig
 from ..tasks.task import Task
 from .base import Model, adapter_base, open_model
-from .build import auto_class, load_model, open_task
+from .build import load_model, open_task
+from .config import auto_class
 from .folder import is_adapter
 
 Form = Literal["model", "adapter", "merged"]

@@ -6,7 +6,7 @@ processor knows (gradsmith.data).
 
 from __future__ import annotations
 
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -25,8 +25,7 @@ TASKS = {
 
 def task_class(name: str) -> type[Task]:
     """The class of a task that the recipe has let through."""
-    module, _, attribute = TASKS[name].partition(":")
-    found: type[Task] = getattr(import_module(f"gradsmith.tasks.{module}"), attribute)
+    found: type[Task] = resolve_name(f"gradsmith.tasks.{TASKS[name]}")
     return found
 
 

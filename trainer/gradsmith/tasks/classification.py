@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,12 +10,14 @@ import torch.nn.functional as F
 
 from ..blocks import Block, Examination, Result
 from ..data.labelled import LabelledSplit, LabelledTextProcessor
+from ..data.loader import evaluation_batches
 from ..data.prepared import PreparedData
 from ..data.processor import Batch
 from ..recipe import Recipe
+from .causal import token_on_meta, vocabulary
 from .figures import classification_blocks
 from .metrics import CLASSIFICATION_METRICS, ClassificationSums
-from .task import Task
+from .task import Subject, Task
 
 BATCH, LISTED = 64, 10
 
@@ -67,27 +68,20 @@ class Classification(Task):
     def summarize(self, sums: torch.Tensor) -> dict[str, float]:
         return self.sums.summarize(sums)
 
-    def examine(
-        self,
-        model: Any,
-        base: Any,
-        data: PreparedData,
-        split: str,
-        measured: Sequence[Result],
-        sums: torch.Tensor,
-    ) -> Examination:
+    def examine(self, subject: Subject) -> Examination:
         """Which classes are taken for which, how sure is right, and what is reached unread."""
         by_name = {metric.name: metric for metric in CLASSIFICATION_METRICS}
-        values = measured[0]["values"]
+        values = subject.measured[0]["values"]
         note = (
-            f"The {split} split: {values['examples']:,.0f} rows of {len(self.labels)} classes, "
-            "held out from training. Majority gives every row the shares that the classes have "
+            f"The {subject.split} split: {values['examples']:,.0f} rows of "
+            f"{len(self.labels)} classes, held out from training. Majority gives every row the "
+            "shares that the classes have "
             "in the training split."
         )
         return Examination(
-            results=[*measured, self.majority(sums)],
+            results=[*subject.measured, self.majority(subject.sums)],
             definitions=tuple(by_name[name] for name in self.shown if name in values),
-            blocks=classification_blocks(self.sums, sums, self.labels),
+            blocks=classification_blocks(self.sums, subject.sums, self.labels),
             note=note,
         )
 
@@ -121,29 +115,15 @@ class TextClassification(Classification):
 
     @classmethod
     def meta_inputs(cls, recipe: Recipe) -> dict[str, torch.Tensor]:
-        return {"input_ids": torch.zeros(1, 2, dtype=torch.long, device="meta")}
+        return token_on_meta()
 
     def config(self) -> dict[str, Any]:
-        tokenizer = self.processor.tokenizer
-        return {
-            "vocab_size": len(tokenizer),
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            **self.head(),
-        }
+        return vocabulary(self.processor.tokenizer) | self.head()
 
-    def examine(
-        self,
-        model: Any,
-        base: Any,
-        data: PreparedData,
-        split: str,
-        measured: Sequence[Result],
-        sums: torch.Tensor,
-    ) -> Examination:
-        found = super().examine(model, base, data, split, measured, sums)
-        held_out = data.split(split)
-        linear = self._linear(data, held_out)
+    def examine(self, subject: Subject) -> Examination:
+        found = super().examine(subject)
+        held_out = subject.data.split(subject.split)
+        linear = self._linear(subject.data, held_out)
         if linear is None:
             found.note += " Logistic regression on TF-IDF needs: pip install 'gradsmith[table]'."
         else:
@@ -151,18 +131,20 @@ class TextClassification(Classification):
             found.note += (
                 " TF-IDF + logistic regression reads words and pairs of words of the same rows."
             )
-        found.blocks.append(self._surest_mistakes(model, held_out))
+        found.blocks.append(self._surest_mistakes(subject.model, held_out))
         return found
 
     @classmethod
     def examined(cls, recipe: Any, split: str) -> tuple[str, ...]:
         return (split, "train")
 
+    def _text(self, split: LabelledSplit, i: int) -> str:
+        ids = split.row(i)["tokens"].tolist()
+        text: str = self.processor.tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
     def _texts(self, split: LabelledSplit) -> list[str]:
-        rows = (split.row(i)["tokens"] for i in range(len(split)))
-        return [
-            self.processor.tokenizer.decode(row.tolist(), skip_special_tokens=True) for row in rows
-        ]
+        return [self._text(split, i) for i in range(len(split))]
 
     def _linear(self, data: PreparedData, held_out: LabelledSplit) -> Result | None:
         """Logistic regression on TF-IDF of words and pairs of words; None without scikit-learn."""
@@ -187,21 +169,19 @@ class TextClassification(Classification):
     @torch.no_grad()
     def _surest_mistakes(self, model: Any, held_out: LabelledSplit) -> Block:
         """The rows that the model is surest of, and wrong."""
-        rows, device = self.processor.dataset(held_out), next(model.parameters()).device
-        wrong: list[tuple[float, int, str]] = []
-        for first in range(0, len(rows), BATCH):
-            batch = rows.batch(range(first, min(first + BATCH, len(rows)))).to(device)
-            answers = self.decode(self.outputs(model, batch))
-            for i, (answer, target) in enumerate(
-                zip(answers, batch.labels["target"].tolist(), strict=True)
-            ):
-                if answer["label"] != self.labels[target]:
-                    wrong.append((answer["scores"][answer["label"]], first + i, answer["label"]))
-        table: list[list[str | float | None]] = []
-        for score, i, label in sorted(wrong, reverse=True)[:LISTED]:
-            row = held_out.row(i)
-            text = self.processor.tokenizer.decode(row["tokens"].tolist(), skip_special_tokens=True)
-            table.append([text[:300], self.labels[int(row["label"])], label, score])
+        rows, targets = self.processor.dataset(held_out), np.asarray(held_out.label).tolist()
+        device, answers = next(model.parameters()).device, []
+        for batch in evaluation_batches(rows, rank=0, world=1, batch=BATCH):
+            answers += self.decode(self.outputs(model, batch.to(device)))
+        wrong = [
+            (answer["scores"][answer["label"]], i, answer["label"])
+            for i, (answer, target) in enumerate(zip(answers, targets, strict=True))
+            if answer["label"] != self.labels[target]
+        ]
+        table: list[list[str | float | None]] = [
+            [self._text(held_out, i)[:300], self.labels[targets[i]], label, score]
+            for score, i, label in sorted(wrong, reverse=True)[:LISTED]
+        ]
         return {
             "kind": "table",
             "title": "The surest mistakes",

@@ -7,28 +7,23 @@ not belong together), S tokens of a sequence.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from ..blocks import Examination, Result
+from ..blocks import Examination
 from ..data.packing import IGNORED
 from ..data.pairs import PairProcessor
-from ..data.prepared import PreparedData
 from ..data.processor import Batch
 from ..recipe import PreferenceRecipe
-from .language_modeling import LanguageModeling
+from .causal import CausalTask
 from .metrics import wilson_interval
 from .preference_losses import WITHOUT_REFERENCE, Pairs, preference_loss
-from .task import Metric, Task
-
-SUMS = ("loss", "right", "margin", "likelier", "pairs")
-"""What `metric_sums` adds up, in this order."""
+from .task import Metric, Subject
 
 
-class Preference(Task):
+class Preference(CausalTask):
     """Σ over pairs of the loss that the recipe's objective names.
 
     Inputs input_ids, int64 (B, P, S); labels targets, int64 (B, P, S), counts, float32 (B,), and
@@ -43,11 +38,6 @@ class Preference(Task):
         Metric("margin", "Reward margin", "", True),
         Metric("likelier", "Chosen is likelier", "", True, ".1%"),
     )
-    auto_class = LanguageModeling.auto_class
-    architectures = LanguageModeling.architectures
-    models_are = LanguageModeling.models_are
-    for_example = LanguageModeling.for_example
-    peft_type = LanguageModeling.peft_type
     processor: PairProcessor
     recipe: PreferenceRecipe
 
@@ -55,16 +45,6 @@ class Preference(Task):
         super().__init__(recipe, processor)
         self.needs_reference = recipe.objective.name not in WITHOUT_REFERENCE
         self.needs_statistics = recipe.objective.name == "kto"
-
-    @classmethod
-    def meta_inputs(cls, recipe: Any) -> dict[str, torch.Tensor]:
-        return LanguageModeling.meta_inputs(recipe)
-
-    def config(self) -> dict[str, Any]:
-        return LanguageModeling.config(self)  # type: ignore[arg-type]
-
-    def check_model(self, model: Any) -> None:
-        LanguageModeling.check_model(self, model)  # type: ignore[arg-type]
 
     def outputs(self, model: Any, batch: Batch) -> torch.Tensor:
         ids, targets = batch.inputs["input_ids"], batch.labels.get("targets")
@@ -107,12 +87,13 @@ class Preference(Task):
             ref_rejected=None if known is None else known[:, 1],
         )
         kl = None
-        if self.shared is not None:  # the mean over the global batch, not below 0
+        if self.shared is not None:  # the mean over the global batch
             total, count = self.shared.tolist()
-            kl = outputs.new_tensor(max(0.0, total / max(1.0, count)))
+            kl = outputs.new_tensor(total / max(1.0, count))
         return preference_loss(self.recipe.objective, pairs, kl)
 
     def metric_sums(self, outputs: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """loss, right, margin, likelier, pairs; float64 (5,)."""
         counts = batch.labels["counts"].double()
         losses, margins = self._losses(outputs, batch)
         likelier = outputs[:, 0, 0] > outputs[:, 1, 0]
@@ -125,22 +106,12 @@ class Preference(Task):
         named = dict(zip(("loss", "accuracy", "margin", "likelier"), means, strict=True))
         return {**named, "pairs": int(pairs)}
 
-    def rows_in_words(self, rows: int) -> str:
-        return f"{rows:,} pairs"
-
-    def examine(
-        self,
-        model: Any,
-        base: Any,
-        data: PreparedData,
-        split: str,
-        measured: Sequence[Result],
-        sums: torch.Tensor,
-    ) -> Examination:
+    def examine(self, subject: Subject) -> Examination:
         """How often the chosen answer is likelier than the other, before and after."""
-        bars = []
+        measured, bars = subject.measured, []
+        pairs = int(measured[0]["values"]["pairs"])
         for result in reversed(measured):
-            right, pairs = result["values"]["likelier"], int(result["values"]["pairs"])
+            right = result["values"]["likelier"]
             low, high = wilson_interval(right * pairs, pairs)
             bars.append(
                 {
@@ -152,7 +123,7 @@ class Preference(Task):
                 }
             )
         note = (
-            f"The {split} split, {int(measured[0]['values']['pairs']):,} pairs held out from "
+            f"The {subject.split} split, {pairs:,} pairs held out from "
             "training. A reward is the log-ratio to the model before training, scaled by beta; "
             "before training all are equal. Intervals are of 95 % (Wilson)."
         )

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +24,26 @@ from ..data.prepared import PreparedData
 from ..data.processor import Batch, Dataset, Processor
 from ..errors import UserError, did_you_mean
 from ..recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What `examine` looks at.
+
+    Attributes:
+        model: the run's.
+        base: what it was fine-tuned from; None where it was not.
+        data, split: what they were measured on.
+        measured: what they reached: a result for the model, and one for its base if there is one.
+        sums: the model's, float64 (M,).
+    """
+
+    model: Any
+    base: Any
+    data: PreparedData
+    split: str
+    measured: Sequence[Result]
+    sums: torch.Tensor
 
 
 class Task(ABC):
@@ -141,26 +162,9 @@ class Task(ABC):
     def summarize(self, sums: torch.Tensor) -> dict[str, float]:
         """The metrics, by name, that follow from the added sums; NaN where nothing was counted."""
 
-    def examine(
-        self,
-        model: Any,
-        base: Any,
-        data: PreparedData,
-        split: str,
-        measured: Sequence[Result],
-        sums: torch.Tensor,
-    ) -> Examination:
-        """What is worth knowing beside the metrics: baselines, figures, how to read the results.
-
-        Args:
-            model: the run's.
-            base: what it was fine-tuned from; None where it was not.
-            data, split: what they were measured on.
-            measured: what they reached: a result for the model, and one for its base if there is
-                one.
-            sums: the model's, float64 (M,).
-        """
-        return Examination(list(measured))
+    def examine(self, subject: Subject) -> Examination:
+        """What is worth knowing beside the metrics: baselines, figures, how to read the results."""
+        return Examination(list(subject.measured))
 
     @classmethod
     def examined(cls, recipe: Any, split: str) -> tuple[str, ...]:

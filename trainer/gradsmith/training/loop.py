@@ -201,7 +201,7 @@ def _why_it_ended(session: Session) -> str:
     if best is None or not best.over or best.value is None:
         return "ended by its watcher"
     return (
-        f"{metric.title.lower()} has not improved in {best.since} validations; the best was "
+        f"{metric.words} has not improved in {best.since} validations; the best was "
         f"{best.value:{metric.format}} at step {best.step}"
     )
 

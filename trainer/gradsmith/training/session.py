@@ -105,7 +105,6 @@ def build(recipe: Recipe, run: Run, fresh: bool | str) -> Session:
     session = Session(
         recipe, run, data, files, task, loader, held_out, engine, total_steps(recipe, loader)
     )
-    session.best = _best(session)
     kernels = _kernels(recipe, engine.module)
     placed = kernels.get("accelerate", {}).get("replaced", {}).values()
     task.fused_loss = any(op == "linear_cross_entropy" for op, _ in placed)
@@ -114,7 +113,9 @@ def build(recipe: Recipe, run: Run, fresh: bool | str) -> Session:
     if task.needs_reference:
         _reference(session, begins=start is None)
     engine.train()  # transformers loads models for inference, without their dropout
-    if start is not None:
+    if start is None:
+        session.best = _best(session, {})
+    else:
         _resume(session, start)
     if ranks.rank() == 0:
         price = precision_price(recipe)
@@ -137,17 +138,19 @@ def build(recipe: Recipe, run: Run, fresh: bool | str) -> Session:
     return session
 
 
-def _best(session: Session, state: dict[str, Any] | None = None) -> Best | None:
+def _best(session: Session, state: dict[str, Any]) -> Best | None:
+    """The best so far, where the recipe asks for one; `state` is state.json of where it goes on."""
     settings = session.recipe.training
     stop = settings.early_stopping
     if session.held_out is None or (stop is None and settings.validate_.monitor is None):
         return None
-    if state is not None and state["metric"] != session.monitor.name:
-        state = None  # the recipe looks for another best now
+    known = state.get("best")
+    if known is not None and known["metric"] != session.monitor.name:
+        known = None  # the recipe looks for another best now
     greater = session.monitor.greater_is_better
     if stop is None:
-        return Best(greater, state=state)
-    return Best(greater, stop.patience, stop.min_delta, state)
+        return Best(greater, state=known)
+    return Best(greater, stop.patience, stop.min_delta, known)
 
 
 def _reference(session: Session, begins: bool) -> None:
@@ -257,12 +260,11 @@ def _resume(session: Session, start: Path) -> None:
     session.step = session.saved = state["step"]
     session.read = state[session.task.unit]
     session.seconds = state["seconds"]
-    session.best = _best(session, state.get("best"))
     say(f"{session.recipe.name}: going on from {start}")
+    session.best = _best(session, state)
     if session.best and session.best.over:
-        say(
-            f"{session.monitor.title} has not improved since step {session.best.step}: none is left"
-        )
+        metric, step = session.monitor.title, session.best.step
+        say(f"{metric} has not improved since step {step}: none is left")
     elif session.total is not None and session.step >= session.total:
         say(f"{session.step} steps are done and the recipe asks for {session.total}: none is left")
 

@@ -18,6 +18,7 @@ from ...blocks import Result
 
 if TYPE_CHECKING:
     from ...data.prepared import PreparedData
+    from ...data.text import TextProcessor, TokenSplit
 
 XZ_TRAIN_BYTES = 8 << 20
 NGRAM_TRAIN_BYTES = 16 << 20
@@ -165,7 +166,7 @@ def _find(table: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def baseline_results(
-    names: Sequence[str], data: PreparedData, split: str, seed: int = 0
+    names: Sequence[str], processor: TextProcessor, data: PreparedData, split: str, seed: int = 0
 ) -> list[Result]:
     """What the baselines of those names (xz, ngram) reach on a split, the strongest last.
 
@@ -174,8 +175,9 @@ def baseline_results(
     """
     if not names:
         return []
-    held_out = target_text(data, split)
-    train = target_text(data, "train", at_most=NGRAM_TRAIN_BYTES, seed=seed)
+    held_out = target_text(processor, data.split(split))
+    documents = data.split("train")
+    train = target_text(processor, documents, at_most=NGRAM_TRAIN_BYTES, seed=seed)
     results: list[Result] = []
 
     def add(name: str, bits: float, train_bytes: int = 0, note: str = "") -> None:
@@ -197,22 +199,21 @@ def baseline_results(
 
 
 def target_text(
-    data: PreparedData, split: str, *, at_most: int | None = None, seed: int = 0
+    processor: TextProcessor, documents: TokenSplit, *, at_most: int | None = None, seed: int = 0
 ) -> bytes:
     """The bytes that a split's targets stand for, documents one behind the other.
 
     With `at_most`, whole documents in a seeded random order until there are that many bytes, so
     that a part of a large split speaks for all of it; without, all documents in their order.
     """
-    tokens_of = data.split(split)
-    token_bytes, tokenizer = data.token_bytes(), data.tokenizer()
-    order: Sequence[int] = range(len(tokens_of))
+    token_bytes, tokenizer = processor.token_bytes, processor.tokenizer
+    order: Sequence[int] = range(len(documents))
     if at_most is not None:
-        order = np.random.default_rng(seed).permutation(len(tokens_of)).tolist()
+        order = np.random.default_rng(seed).permutation(len(documents)).tolist()
     parts: list[bytes] = []
     size = 0
     for index in order:
-        tokens, is_target = tokens_of.document(index)
+        tokens, is_target = documents.document(index)
         wanted = tokens[np.asarray(is_target, dtype=bool) & (token_bytes[tokens] > 0)]
         text = tokenizer.decode(wanted.tolist(), clean_up_tokenization_spaces=False)
         parts.append(text.encode())

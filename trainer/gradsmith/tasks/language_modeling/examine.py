@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...blocks import Examination, Metric, Result
 
 if TYPE_CHECKING:
-    from ...data.prepared import PreparedData
+    from ...data.text import TextProcessor
     from ...recipe import TextRecipe
+    from ..task import Subject
 
 
-def examine(
-    recipe: TextRecipe,
-    tokenizer: Any,
-    model: Any,
-    base: Any,
-    data: PreparedData,
-    split: str,
-    measured: Sequence[Result],
-) -> Examination:
+def examine(recipe: TextRecipe, processor: TextProcessor, subject: Subject) -> Examination:
     """What a model says, how it scores, and what it stands beside.
-
-    Args:
-        recipe, tokenizer: the run's.
-        model: the run's.
-        base: what it was fine-tuned from; None where it was not.
-        data, split: what it is examined on.
-        measured: a result for the model, and one for its base if there is one.
 
     Returns:
         For chat the results gain `rouge_l`, the mean over `rouge_l_pairs` held-out pairs, evenly
@@ -37,16 +23,17 @@ def examine(
     from .baselines import baseline_results
     from .samples import questions, samples_block
 
-    put = questions(recipe, tokenizer, data.held_out(split))
-    results = [result.copy() for result in measured]
+    data, split = subject.data, subject.split
+    put = questions(recipe, processor.tokenizer, data.held_out(split))
+    results = [result.copy() for result in subject.measured]
     said = []
-    for result, subject in zip(results, [model, base][: len(results)], strict=True):
+    for result, model in zip(results, [subject.model, subject.base][: len(results)], strict=True):
         if put.scored:
-            more = {"rouge_l": put.rouge_l(subject), "rouge_l_pairs": len(put.scored)}
+            more = {"rouge_l": put.rouge_l(model), "rouge_l_pairs": len(put.scored)}
             result["values"] = result["values"] | more
-        said.append(put.samples(subject))
-    block = samples_block(put, said[0], said[1] if base is not None else None)
-    baselines = baseline_results(recipe.evaluation.yardsticks, data, split, recipe.seed)
+        said.append(put.samples(model))
+    block = samples_block(put, said[0], said[1] if subject.base is not None else None)
+    baselines = baseline_results(recipe.evaluation.yardsticks, processor, data, split, recipe.seed)
     chat = recipe.data.task == "chat"
     return Examination(
         results=[*results, *baselines],

@@ -15,26 +15,24 @@ Letters: B sequences in a batch, S sequence length, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from ...blocks import Examination, Metric, Result
+from ...blocks import Examination, Metric
 from ...data.packing import IGNORED
 from ...data.prepared import PreparedData
 from ...data.processor import Batch, Dataset
 from ...data.text import TextProcessor
 from ...errors import UserError
 from ...recipe import TextRecipe
-from ..task import Task
-
-SUMS = ("nll", "target_tokens", "bytes", "correct", "sequences")
-"""What `metric_sums` adds up, in this order."""
+from ..causal import CausalTask
+from ..task import Subject
 
 
-class LanguageModeling(Task):
+class LanguageModeling(CausalTask):
     """Σ −log p(target) over the target tokens; inputs input_ids, position_ids, int64 (B, S).
 
     Packed documents do not see each other: positions restart at each of them, and without a
@@ -49,16 +47,11 @@ class LanguageModeling(Task):
         Metric("bits_per_byte", "Bits per byte", "of target text"),
         Metric("accuracy", "Next-token accuracy", "of target tokens", True, ".1%"),
     )
-    auto_class = "AutoModelForCausalLM"
-    architectures = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
-    models_are = "causal language models"
-    for_example = "llama, qwen3, gpt2"
-    peft_type = "CAUSAL_LM"
     processor: TextProcessor
 
-    def __init__(self, recipe: TextRecipe, processor: TextProcessor) -> None:
-        super().__init__(recipe, processor)
-        self._token_bytes = torch.from_numpy(processor.token_bytes.astype("int64"))
+    @cached_property
+    def _token_bytes(self) -> torch.Tensor:
+        return torch.from_numpy(self.processor.token_bytes.astype("int64"))
 
     @classmethod
     def row_length(cls, recipe: TextRecipe) -> int:
@@ -66,28 +59,6 @@ class LanguageModeling(Task):
 
     def rows_in_words(self, rows: int) -> str:
         return f"{rows:,} sequences of {self.recipe.data.sequence_length}"
-
-    @classmethod
-    def meta_inputs(cls, recipe: TextRecipe) -> dict[str, torch.Tensor]:
-        return {"input_ids": torch.zeros(1, 2, dtype=torch.long, device="meta")}
-
-    def config(self) -> dict[str, Any]:
-        tokenizer = self.processor.tokenizer
-        return {
-            "vocab_size": len(tokenizer),
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        }
-
-    def check_model(self, model: Any) -> None:
-        rows, tokens = model.get_input_embeddings().weight.shape[0], len(self.processor.tokenizer)
-        if tokens > rows:
-            raise UserError(
-                f"data.tokenizer: has {tokens} tokens, but the model at "
-                f"{self.recipe.model.from_} has embeddings for {rows}; leave data.tokenizer out "
-                "to take the model's own"
-            )
 
     def check_data(self, data: PreparedData, dataset: Dataset) -> None:
         if not dataset.items.any():
@@ -134,6 +105,7 @@ class LanguageModeling(Task):
         return logits
 
     def metric_sums(self, outputs: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """nll, target tokens, bytes, correct, sequences; float64 (5,)."""
         labels = batch.labels["labels"]
         nll = torch.zeros((), dtype=torch.float64, device=labels.device)
         correct = torch.zeros((), dtype=torch.int64, device=labels.device)
@@ -154,19 +126,10 @@ class LanguageModeling(Task):
     def summarize(self, sums: torch.Tensor) -> dict[str, float]:
         return summarize(sums)
 
-    def examine(
-        self,
-        model: Any,
-        base: Any,
-        data: PreparedData,
-        split: str,
-        measured: Sequence[Result],
-        sums: torch.Tensor,
-    ) -> Examination:
+    def examine(self, subject: Subject) -> Examination:
         from .examine import examine
 
-        tokenizer = self.processor.tokenizer
-        return examine(self.recipe, tokenizer, model, base, data, split, measured)
+        return examine(self.recipe, self.processor, subject)
 
 
 class Chat(LanguageModeling):
@@ -174,7 +137,7 @@ class Chat(LanguageModeling):
 
 
 def summarize(sums: torch.Tensor) -> dict[str, float]:
-    """The metrics that follow from the `SUMS` of all batches; NaN where nothing was counted."""
+    """The metrics that follow from the sums of all batches; NaN where nothing was counted."""
     nll, tokens, size, correct, sequences = sums.tolist()
     loss = nll / tokens if tokens else math.nan
     return {
