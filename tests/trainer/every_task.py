@@ -103,7 +103,11 @@ def recipes(folder: Path, base: Path) -> dict[str, dict[str, Any]]:
                 "tokenizer": tokenizer,
             },
             model={"architecture": "bert", "config": {**CONFIG, **WITHOUT_DROPOUT}},
-            objective={"class_weights": "balanced", "label_smoothing": 0.1},
+            objective={
+                "class_weights": "balanced",
+                "label_smoothing": 0.1,
+                "token_dropout": 0.2,
+            },
         ),
         "preference": recipe(
             "pairs",

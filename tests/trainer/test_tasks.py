@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import every_task
+import numpy as np
 import pytest
 import torch
 from conftest import with_overrides
 
 from gradsmith.data.prepare import prepare
 from gradsmith.data.prepared import PreparedData
+from gradsmith.data.processor import Batch
 from gradsmith.errors import UserError
 from gradsmith.models.build import build_model
 from gradsmith.models.config import config_of
@@ -196,6 +198,27 @@ def test_a_long_text_is_cut_but_for_what_ends_it(folder: Path, tmp_path: Path) -
     assert cut[0]["documents"] == 60
 
 
+def test_a_text_loses_other_tokens_each_time_it_is_seen(folder: Path, tmp_path: Path) -> None:
+    asked = {"objective": {"token_dropout": 0.4}}
+    recipe = recipe_of("text_classification", folder, tmp_path / "run", **asked)
+    processor = prepared(recipe).processor(recipe)
+    special = processor.tokenizer.all_special_ids
+    text = np.array([special[0], *range(100, 180), special[0]])
+    seen = [processor.thinned(text, np.uint64(draw)) for draw in range(400)]
+    for found in seen:
+        assert found[0] == found[-1] == special[0]
+        assert (np.diff(found[1:-1]) > 0).all()  # the others in their order
+    left = sum(len(found) - 2 for found in seen) / (400 * 80)
+    assert left == pytest.approx(0.6, abs=0.012)  # 4.4 deviations of 32,000 draws
+    assert len({found.tobytes() for found in seen}) == 400
+    np.testing.assert_array_equal(seen[7], processor.thinned(text, np.uint64(7)))
+    one = np.array([special[0], 100, special[0]])  # without its only word it would be none
+    assert all(len(processor.thinned(one, np.uint64(draw))) == 3 for draw in range(50))
+    rows = processor.dataset(prepared(recipe).split("train"))
+    whole, thin = (rows.batch(range(8), draws) for draws in (None, np.arange(8, dtype=np.uint64)))
+    assert thin.inputs["attention_mask"].sum() < whole.inputs["attention_mask"].sum()
+
+
 # ----------------------------------------------------------------------------------- preference
 
 
@@ -247,6 +270,19 @@ def test_a_preference_needs_a_model_that_can_answer(folder: Path, tmp_path: Path
     more = {"model": model, "data.tokenizer": {"train": {"vocab_size": 300}}}
     with pytest.raises(UserError, match=r"model.from: a preference is learned by a model that"):
         recipe_of("preference", folder, tmp_path / "run", **more)
+
+
+def test_a_model_that_has_not_moved_is_right_about_half(folder: Path, tmp_path: Path) -> None:
+    """Its rewards are all equal, and say nothing of either side."""
+    recipe = recipe_of("preference", folder, tmp_path / "run", objective={"name": "dpo"})
+    data = prepared(recipe)
+    task = make_task(recipe, data.processor(recipe))
+    outputs = torch.tensor([[[-3.0, 2.0], [-4.0, 2.0]]] * 3)
+    reference = torch.tensor([[-3.0, -4.0], [-4.0, -3.0], [-3.0, -5.0]])  # equal, right, wrong
+    batch = Batch({}, {"counts": torch.ones(3), "reference": reference})
+    found = task.summarize(task.metric_sums(outputs, batch))
+    assert found["accuracy"] == pytest.approx((0.5 + 1 + 0) / 3)
+    assert found["likelier"] == 1 and found["pairs"] == 3
 
 
 def test_the_reference_is_kept_and_missed(folder: Path, tmp_path: Path) -> None:

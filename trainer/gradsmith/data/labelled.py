@@ -22,6 +22,9 @@ from .text import check_tokenizer, fit_tokenizer, tokenizer_inputs
 from .tokenizer import load_tokenizer, special_tokens_as_text
 
 
+THINNED = 1  # the counter's last word: apart from an epoch's order, which has the same key and 0
+
+
 class LabelledSplit(Columns):
     """`tokens` with `offsets`, and for each row the index of its class, `label`."""
 
@@ -37,7 +40,7 @@ class LabelledTextProcessor(Processor):
         tokenizer: a transformers PreTrainedTokenizerFast with PAD.
         classes: the labels of the training split, sorted, with how often each is there.
         longest: tokens of a row at most.
-        asked: the recipe's objective.class_weights.
+        recipe: its seed, and of its objective class_weights and token_dropout.
     """
 
     noun = "texts"
@@ -48,9 +51,11 @@ class LabelledTextProcessor(Processor):
         "label": Column("<i4"),
     }
 
-    def __init__(self, tokenizer: Any, classes: dict[str, int], longest: int, asked: Any = None):
+    def __init__(self, tokenizer: Any, classes: dict[str, int], longest: int, recipe: Any):
         self.tokenizer, self.classes, self.longest = tokenizer, classes, longest
-        self.labels, self.weights = list(classes), class_weights(classes, asked)
+        self.seed, self.left_out = recipe.seed, recipe.objective.token_dropout
+        self.labels = list(classes)
+        self.weights = class_weights(classes, recipe.objective.class_weights)
         self._index = {label: index for index, label in enumerate(self.labels)}
 
     @classmethod
@@ -100,7 +105,7 @@ class LabelledTextProcessor(Processor):
         classes = {label: counts[label] for label in sorted(counts)}
         log("classes: " + ", ".join(f"{label} {count:,}" for label, count in classes.items()))
         tokenizer = fit_tokenizer(recipe, examples, ledger, log, needs_eos=False)
-        return cls(tokenizer, classes, recipe.data.sequence_length, recipe.objective.class_weights)
+        return cls(tokenizer, classes, recipe.data.sequence_length, recipe)
 
     def encode(self, examples: Sequence[Example], ledger: Ledger) -> list[Row | Dropped]:
         with special_tokens_as_text(self.tokenizer) as backend:
@@ -138,6 +143,16 @@ class LabelledTextProcessor(Processor):
     def dataset(self, split: LabelledSplit, *, augment: bool = False) -> LabelledTexts:
         return LabelledTexts(self, split)
 
+    def thinned(self, tokens: np.ndarray, draw: np.uint64) -> np.ndarray:
+        """A text without the share `token_dropout` of its tokens, which follow from the draw; the
+        special ones stay, and a text of which nothing else were left stays whole."""
+        numbers = np.random.Philox(
+            key=np.array([self.seed, draw], np.uint64), counter=[0, 0, 0, THINNED]
+        ).random_raw(len(tokens))
+        special = np.isin(tokens, self.tokenizer.all_special_ids)
+        stays = (numbers >> np.uint64(11)) * 2.0**-53 >= self.left_out
+        return tokens[stays | special] if (stays & ~special).any() else tokens
+
     def padded(self, texts: Sequence[np.ndarray]) -> Batch:
         """inputs input_ids and attention_mask, int64 (B, S), S the longest of these rows."""
         longest = max(len(text) for text in texts)
@@ -162,9 +177,7 @@ class LabelledTextProcessor(Processor):
     def from_pretrained(cls, folder: Path, recipe: Any) -> Self:
         settings = read_json(folder / "processor.json", LabelledProcessor)
         tokenizer = load_tokenizer(str(folder), "data", needs_eos=False)
-        return cls(
-            tokenizer, settings["classes"], settings["longest"], recipe.objective.class_weights
-        )
+        return cls(tokenizer, settings["classes"], settings["longest"], recipe)
 
 
 class LabelledTexts:
@@ -184,6 +197,8 @@ class LabelledTexts:
         """labels `target`, int64 (B,), and `weight`, float32 (B,)."""
         found = [self.split.row(int(k)) for k in rows]
         texts = [np.asarray(row["tokens"], np.int64) for row in found]
+        if draws is not None and self.processor.left_out:
+            texts = [self.processor.thinned(*pair) for pair in zip(texts, draws, strict=True)]
         targets, weights = [int(row["label"]) for row in found], [self.items[int(k)] for k in rows]
         if not found:
             texts, targets, weights = [np.full(1, self.processor.tokenizer.pad_token_id)], [0], [0]

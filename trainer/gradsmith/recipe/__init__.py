@@ -18,7 +18,17 @@ from .data import (
     TokenizedData,
 )
 from .node import SMALLEST_TEMPERATURE, Node, Variant
-from .objective import DPO, IPO, KTO, OBJECTIVES, ORPO, ClassificationObjective, Preference, SimPO
+from .objective import (
+    DPO,
+    IPO,
+    KTO,
+    OBJECTIVES,
+    ORPO,
+    ClassificationObjective,
+    Preference,
+    SimPO,
+    TextClassificationObjective,
+)
 from .reading import load_recipe, parse_recipe, read_recipe, recipe_schema
 from .training import (
     LENGTHS,

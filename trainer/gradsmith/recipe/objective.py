@@ -44,6 +44,16 @@ class ClassificationObjective(Node):
         return {str(label): float(weight) for label, weight in value.items()}
 
 
+class TextClassificationObjective(ClassificationObjective):
+    """Cross-entropy over texts of which some tokens are left out."""
+
+    token_dropout: Fraction = Field(
+        0.0,
+        description="how many of a training text's tokens are left out, others each time: "
+        "Iyyer et al. 2015, Deep unordered composition rivals syntactic methods",
+    )
+
+
 class Preference(Variant):
     """A loss over pairs of answers; the formulas are in gradsmith.tasks.preference_losses."""
 

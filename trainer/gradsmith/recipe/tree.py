@@ -20,7 +20,7 @@ from .node import (
     PositiveInt,
     Temperature,
 )
-from .objective import DPO, ClassificationObjective, Preference
+from .objective import DPO, Preference, TextClassificationObjective
 from .training import Training
 
 
@@ -172,7 +172,7 @@ class ChatRecipe(TextRecipe):
 
 class TextClassificationRecipe(Recipe):
     data: LabelledData
-    objective: ClassificationObjective = ClassificationObjective()
+    objective: TextClassificationObjective = TextClassificationObjective()
 
 
 class PreferenceRecipe(Recipe):

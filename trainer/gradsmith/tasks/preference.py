@@ -96,8 +96,9 @@ class Preference(CausalTask):
         """loss, right, margin, likelier, pairs; float64 (5,)."""
         counts = batch.labels["counts"].double()
         losses, margins = self._losses(outputs, batch)
+        right = (margins > 0) + 0.5 * (margins == 0)  # before training all are equal: a coin's
         likelier = outputs[:, 0, 0] > outputs[:, 1, 0]
-        values = torch.stack([losses, margins > 0, margins, likelier, torch.ones_like(losses)])
+        values = torch.stack([losses, right, margins, likelier, torch.ones_like(losses)])
         return (values.double() @ counts).cpu()
 
     def summarize(self, sums: torch.Tensor) -> dict[str, float]:
@@ -107,34 +108,33 @@ class Preference(CausalTask):
         return {**named, "pairs": int(pairs)}
 
     def examine(self, subject: Subject) -> Examination:
-        """How often the chosen answer is likelier than the other, before and after."""
-        measured, bars = subject.measured, []
+        """How often the chosen answer has the greater reward, and is likelier, before and after."""
+        measured = subject.measured
         pairs = int(measured[0]["values"]["pairs"])
-        for result in reversed(measured):
-            right = result["values"]["likelier"]
-            low, high = wilson_interval(right * pairs, pairs)
-            bars.append(
-                {
-                    "name": result["name"],
-                    "value": right,
-                    "low": low,
-                    "high": high,
-                    "ours": bool(result.get("ours")),
-                }
+
+        def block(name: str, title: str, note: str) -> Any:
+            bars = []
+            for result in reversed(measured):
+                share = result["values"][name]
+                low, high = wilson_interval(share * pairs, pairs)
+                bar = {"name": result["name"], "value": share, "low": low, "high": high}
+                bars.append({**bar, "ours": bool(result.get("ours"))})
+            return {"kind": "bars", "title": title, "note": note, "format": ".1%", "bars": bars}
+
+        note = f"The {subject.split} split, {pairs:,} pairs held out from training. "
+        if self.needs_reference:
+            note += (
+                "A reward is the log-ratio to the model before training, scaled by beta; before "
+                "training all are equal. "
             )
-        note = (
-            f"The {subject.split} split, {pairs:,} pairs held out from "
-            "training. A reward is the log-ratio to the model before training, scaled by beta; "
-            "before training all are equal. Intervals are of 95 % (Wilson)."
-        )
-        block: Any = {
-            "kind": "bars",
-            "title": "The chosen answer is likelier than the rejected one",
-            "note": "share of the pairs",
-            "format": ".1%",
-            "bars": bars,
-        }
-        return Examination(list(measured), blocks=[block], note=note)
+        note += "Equal rewards count half. Intervals are of 95 % (Wilson)."
+        shown = {metric.name: metric for metric in self.metrics}
+        blocks = [
+            block("accuracy", shown["accuracy"].title, "share of the pairs; equal ones count half"),
+            block("likelier", "The chosen answer is likelier than the rejected one",
+                  "share of the pairs"),
+        ]  # fmt: skip
+        return Examination(list(measured), blocks=blocks, note=note)
 
     def decode(self, outputs: torch.Tensor) -> list[dict[str, Any]]:
         """Which of the two answers is likelier, and the log-probability of each."""

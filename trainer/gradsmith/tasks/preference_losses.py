@@ -3,7 +3,7 @@
 Letters: B pairs; of a pair, y₊ is the chosen and y₋ the rejected answer to a prompt x; σ is the
 logistic function. Each function returns what each pair adds to the loss, and its margin: by how
 much the model rewards y₊ above y₋ (both (B,), of the dtype of the log-probabilities). A pair counts
-as right where its margin is above 0.
+as right where its margin is above 0, and half where it is 0.
 """
 
 from __future__ import annotations
