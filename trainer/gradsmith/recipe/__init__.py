@@ -20,6 +20,7 @@ from .data import (
 from .node import SMALLEST_TEMPERATURE, Node, Variant
 from .objective import DPO, IPO, KTO, OBJECTIVES, ORPO, ClassificationObjective, Preference, SimPO
 from .reading import load_recipe, parse_recipe, read_recipe, recipe_schema
+from .table import TableData
 from .training import (
     LENGTHS,
     OF_WHOLE_TENSORS,
@@ -35,6 +36,7 @@ from .tree import (
     LanguageModelingRecipe,
     PreferenceRecipe,
     Recipe,
+    TableRecipe,
     TextClassificationRecipe,
     TextRecipe,
 )
@@ -69,6 +71,8 @@ __all__ = [
     "SimPO",
     "Source",
     "Split",
+    "TableData",
+    "TableRecipe",
     "TextClassificationRecipe",
     "TextData",
     "TextRecipe",

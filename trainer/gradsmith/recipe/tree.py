@@ -21,6 +21,7 @@ from .node import (
     Temperature,
 )
 from .objective import DPO, ClassificationObjective, Preference
+from .table import TableData
 from .training import Training
 
 
@@ -190,10 +191,16 @@ class PreferenceRecipe(Recipe):
         return self
 
 
+class TableRecipe(Recipe):
+    data: TableData
+    objective: ClassificationObjective = ClassificationObjective()
+
+
 RECIPES: dict[str, type[Recipe]] = {
     "language_modeling": LanguageModelingRecipe,
     "chat": ChatRecipe,
     "text_classification": TextClassificationRecipe,
     "preference": PreferenceRecipe,
+    "table": TableRecipe,
 }
 """data.task -> the class of its recipes; the first one is meant where no task is given."""
