@@ -274,8 +274,7 @@ class TableMLP(TableModel):
         self.features = FlatFeatures(config)
         sizes = [self.features.size, *config.hidden_sizes]
         self.layers = nn.ModuleList(
-            MLPLayer(before, after, config.dropout)
-            for before, after in pairwise(sizes)
+            MLPLayer(before, after, config.dropout) for before, after in pairwise(sizes)
         )
         self.head = nn.Linear(sizes[-1], outputs_of(config))
         self.post_init()
