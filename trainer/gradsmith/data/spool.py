@@ -21,13 +21,12 @@ CHUNK = 256  # examples that are encoded together, by several threads
 
 
 class Spool(Protocol):
-    """The rows of all splits, between reading and encoding.
+    """The rows of all splits, between reading and encoding."""
 
-    Attributes:
-        counts: how many each split has.
-    """
-
-    counts: dict[str, int]
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many each split has."""
+        ...
 
     @classmethod
     def collect(
@@ -48,8 +47,8 @@ class Spool(Protocol):
 class ExampleSpool:
     """A file of JSON lines for each split: examples one by one."""
 
-    def __init__(self, scratch: Path, counts: dict[str, int]):
-        self.scratch, self.counts = scratch, counts
+    def __init__(self, scratch: Path):
+        self.scratch, self.counts = scratch, dict.fromkeys(SPLITS, 0)
 
     @classmethod
     def collect(
@@ -59,7 +58,7 @@ class ExampleSpool:
         documents: Iterable[Example] = read(data, ledger)
         documents = clean(documents, data.clean, ledger)
         documents = deduplicate(documents, data.clean.exact_duplicates, ledger)
-        found = cls(scratch, dict.fromkeys(SPLITS, 0))
+        found = cls(scratch)
         files = {name: found._file(name).open("w", encoding="utf-8") for name in SPLITS}
         try:
             for name, document in assign(documents, data.split, ledger):

@@ -15,12 +15,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..errors import UserError
-from ..recipe import TableRecipe
+from ..recipe import TableData, TableRecipe
 from .columns import ColumnWriter, HashedFile
 from .example import Example, Ledger
 from .split import SPLITS
 from .table_read import Part, check_columns, parts, reporting, texts
-from .table_split import DROPPED, Keys, duplicates, sides
+from .table_split import DROPPED, Keys, duplicates, leaks, sides
 
 NUMBER = "#"  # the column of the spool with a row's place in its file
 
@@ -81,14 +81,21 @@ class TableSpool:
     Args:
         folder: where the Arrow files are.
         origins: the source file of each of them.
+        keys: of all rows.
+        data: the recipe's.
+
+    Attributes:
         side: int8 (rows,): the place in SPLITS, or DROPPED.
-        hashes: uint64 (rows,).
     """
 
-    def __init__(self, folder: Path, origins: list[str], side: np.ndarray, hashes: np.ndarray):
-        self.folder, self.origins, self.side, self.hashes = folder, origins, side, hashes
-        found = np.bincount(side[side != DROPPED], minlength=len(SPLITS))
-        self.counts = dict(zip(SPLITS, found.tolist(), strict=True))
+    def __init__(self, folder: Path, origins: list[str], keys: Keys, data: TableData):
+        self.folder, self.origins, self.hashes = folder, origins, keys.features
+        self.features, self.on_leak = keys.names, data.split.on_leak
+        self.side = np.full(len(keys.features), DROPPED, np.int8)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {name: int((self.side == place).sum()) for place, name in enumerate(SPLITS)}
 
     @classmethod
     def collect(
@@ -101,12 +108,11 @@ class TableSpool:
             for part in parts(source, where, reporting(recipe.data.on_error, ledger)):
                 writer.add(part, where)
         origins, keys = writer.close()
-        found = cls(folder, origins, np.zeros(len(keys.features), np.int8), keys.features)
+        found = cls(folder, origins, keys, recipe.data)
         dropped = duplicates(keys, recipe.data.clean, ledger)
         found.side = sides(keys, dropped, recipe.data, found.shown, ledger)
-        ready = cls(folder, origins, found.side, keys.features)
-        log("rows: " + ", ".join(f"{name} {n:,}" for name, n in ready.counts.items()))
-        return ready
+        log("rows: " + ", ".join(f"{name} {n:,}" for name, n in found.counts.items()))
+        return found
 
     def _batches(self) -> Iterator[tuple[str, pa.RecordBatch, int]]:
         """(source file, cells, the number of the first row among all)."""
@@ -145,7 +151,36 @@ class TableSpool:
                     found[row] = f"{chunk.place(0)} {cells if len(cells) < 300 else cells[:297]}"
         return [found[row] for row in rows]
 
+    def _check_leaks(self, processor: Any, ledger: Ledger) -> None:
+        """
+        Raises:
+            UserError: what a model reads of a held-out row is in the training split too, and the
+                recipe says to stop.
+        """
+        content, read = self.hashes, list(processor.steps)
+        if set(read) != set(self.features):  # others do not tell rows apart
+            content = np.concatenate([digest(batch, read)[:, 0] for _, batch, _ in self._batches()])
+        found = leaks(content, self.side)
+        if not found:
+            return
+        if self.on_leak == "stop":
+            some = [self.shown(pair) for pair in found[:3]]
+            pairs = "".join(f"\n  {row}\n    {other}" for row, other in some)
+            unread = [name for name in self.features if name not in read]
+            also = f"; drop {', '.join(unread)}, which no model reads" if unread else ""
+            raise UserError(
+                f"data.split: {len(found):,} held-out rows are equal to rows of another split in "
+                f"all that a model reads (data.split.on_leak: drop would drop them{also}):{pairs}"
+            )
+        for row, _ in found:
+            ledger.add("encode", "in")
+            reason = f"equal to a row of another split, in {SPLITS[self.side[row]]}"
+            ledger.add("encode", "dropped", reason=reason)
+            self.side[row] = DROPPED
+
     def encode(self, processor: Any, name: str, ledger: Ledger) -> dict[str, Any]:
+        if name == SPLITS[0]:
+            self._check_leaks(processor, ledger)
         folder = self.folder.parent / name
         writer = ColumnWriter(folder, processor.columns)
         raw = HashedFile(folder / "documents.jsonl") if name != "train" else None
@@ -176,6 +211,7 @@ class _Writer:
         self._schema: pa.Schema | None = None
         self._file: Any = None
         self.names: list[str] = []
+        self.features: list[str] = []
         self._found: dict[str, list[Any]] = {
             name: [] for name in ("features", "whole", "target", "group", "time")
         }
@@ -184,6 +220,8 @@ class _Writer:
         data, batch = self.data, part.batch
         if not self.names:
             self.names = self._used(batch.schema.names, where)
+            roles = {data.target, data.weight, data.group, data.time}
+            self.features = [name for name in self.names if name not in roles]
         lacking = [name for name in self.names if name not in batch.schema.names]
         by_name = data.sources[int(where.rpartition(".")[2])].kind in ("jsonl", "hf_dataset")
         if lacking and not by_name:
@@ -235,8 +273,7 @@ class _Writer:
 
     def _keys(self, cells: pa.RecordBatch) -> None:
         data = self.data
-        roles = {data.target, data.weight, data.group, data.time}
-        features = [name for name in self.names if name not in roles]
+        features = self.features
         others = [name for name in data.clean.keys or self.names if name not in features]
         found = self._found
         digests = digest(cells, features)
@@ -261,7 +298,7 @@ class _Writer:
             if chunks:
                 whole = pa.chunked_array(chunks, pa.string())
                 columns[key] = pc.if_else(pc.is_in(whole, missing), None, whole)
-        return self.origins, Keys(**hashes, **columns)
+        return self.origins, Keys(self.features, **hashes, **columns)
 
 
 def digest(cells: pa.RecordBatch, names: Sequence[str]) -> np.ndarray:
