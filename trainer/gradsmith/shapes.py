@@ -129,6 +129,7 @@ class TableSettings(Shape):
     target_scale: float
     kinds: dict[str, TableKind]
     steps: list[dict[str, Any]]
+    stages: list[dict[str, Any]]
     numbers: list[str]
     categories: dict[str, Count]
 

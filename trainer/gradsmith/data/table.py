@@ -7,7 +7,7 @@ numeric features, m categories.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,9 +27,24 @@ from .labelled import class_weights
 from .processor import Batch, Processor, Row
 from .table_fit import Chunks, Target, broken, fit_column, parsed, reading_of
 from .table_kinds import Kind, infer
+from .table_matrix import (
+    SAMPLE,
+    STAGES,
+    Chained,
+    Components,
+    Nearest,
+    Numbers,
+    Products,
+    Selection,
+    Stage,
+    isolation_forest,
+    select,
+)
 from .table_read import from_rows
 from .table_spool import Chunk, TableSpool, digest
 from .table_steps import STEPS, Category, Features, Step, Text, dump
+
+FOREST = "an outlier by the isolation forest"
 
 
 class TableSplit(Columns):
@@ -70,6 +85,11 @@ class TableProcessor(Processor):
             stored["name"]: STEPS[self.kinds[stored["name"]].name].read(stored)
             for stored in settings["steps"]
         }
+        self.stages: list[Stage] = []
+        for stage in settings["stages"]:
+            fields = {key: value for key, value in stage.items() if key != "name"}
+            self.stages.append(STAGES[stage["name"]](**fields))
+        self.outliers: Callable[[Numbers], np.ndarray] | None = None  # while it is prepared
         self.numbers: list[str] = settings["numbers"]
         self.categories: dict[str, int] = settings["categories"]
         self.feature_names = [*self.numbers, *self.categories]
@@ -118,28 +138,94 @@ class TableProcessor(Processor):
             else:
                 kinds[name] = infer(column, reader, f'column "{name}"')
             log(f"{name}: {kinds[name].name} ({kinds[name].why})")
-        steps = []
-        for name, kind in kinds.items():
-            if kind.name in STEPS:
-                steps.append(fit_column(name, kind, examples, reader, target, data))
-        settings = {
-            "problem": target.problem, "classes": target.classes,
-            "target_mean": target.mean, "target_scale": target.scale,
-            "kinds": {name: {"name": k.name, "why": k.why} for name, k in kinds.items()},
-            "steps": [dump(step) for step in steps],
-            "numbers": [], "categories": {},
-        }  # fmt: skip
-        processor = cls(settings, recipe)
-        found = processor._features(first)
-        settings["numbers"] = list(found.numbers)
+        steps = [
+            fit_column(name, kind, examples, reader, target, data)
+            for name, kind in kinds.items()
+            if kind.name in STEPS
+        ]
+        processor = cls(
+            {
+                "problem": target.problem, "classes": target.classes,
+                "target_mean": target.mean, "target_scale": target.scale,
+                "kinds": {name: {"name": k.name, "why": k.why} for name, k in kinds.items()},
+                "steps": [dump(step) for step in steps],
+                "stages": [], "numbers": [], "categories": {},
+            },
+            recipe,
+        )  # fmt: skip
+        processor._fit_stages(examples, target, log)
+        found = cls(processor.settings, recipe)
+        found.outliers = processor.outliers
+        if not found.feature_names:
+            raise UserError("data.columns: no feature is left to learn from")
+        return found
+
+    def _fit_stages(self, examples: Chunks, target: Target, log: Callable[[str], None]) -> None:
+        """What is learned of several features at once; fills in `settings`."""
+        data: TableData = self.recipe.data
+        settings, how = self.settings, data.features
+
+        def numbers() -> Iterator[Numbers]:
+            return (found.numbers for found in self._kept(examples))
+
+        def add(stage: Stage) -> None:
+            self.stages.append(stage)
+            name = next(name for name, kind in STAGES.items() if type(stage) is kind)
+            settings["stages"].append({"name": name, **vars(stage)})
+
+        first = next(self._kept(examples))
+        categories = list(first.categories)
+        if first.numbers:
+            if data.clean.missing == "knn":
+                add(Nearest.fit(numbers))
+            elif data.clean.missing == "iterative":
+                add(Chained.fit(numbers))
+            if how.interactions:
+                add(Products.fit(numbers, how.interactions, how.scale))
+            if data.clean.outliers and data.clean.outliers.method == "isolation_forest":
+                self.outliers = isolation_forest(numbers)
+        if how.select is not None:
+            codes, aim = self._sample(examples, target)
+            selection, categories = select(numbers, codes, aim, target.problem, how.select)
+            add(selection)
+            shown = sorted(selection.scores.items(), key=lambda pair: -pair[1])[:10]
+            log(f"{how.select.by}: " + ", ".join(f"{name} {score:.3g}" for name, score in shown))
+        if how.pca is not None:
+            add(components := Components.fit(numbers, how.pca))
+            log(f"pca: {sum(components.variance):.1%} of the variance in {how.pca} components")
+        settings["numbers"] = list(next(self._kept(examples)).numbers)
         settings["categories"] = {
             name: len(step.values) + 1
-            for name, step in processor.steps.items()
-            if isinstance(step, Category) and name in found.categories
+            for name, step in self.steps.items()
+            if isinstance(step, Category) and name in categories
         }
-        if not found.numbers and not found.categories:
-            raise UserError("data.columns: no feature is left to learn from")
-        return cls(settings, recipe)
+
+    def _kept(self, examples: Chunks) -> Iterator[Features]:
+        """The features of the training rows that are kept."""
+        for chunk in examples():
+            found = self._features(chunk)
+            if found.drop:
+                kept = ~np.logical_or.reduce(list(found.drop.values()))
+                for columns in (found.numbers, found.categories):
+                    columns.update({name: values[kept] for name, values in columns.items()})
+                found.rows = np.flatnonzero(kept)
+            yield found
+
+    def _sample(self, examples: Chunks, target: Target) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """The categories and the targets of the first kept rows."""
+        codes: list[dict[str, np.ndarray]] = []
+        aims, start, rows = [], 0, 0
+        for chunk, found in zip(examples(), self._kept(examples), strict=True):
+            kept = np.arange(len(chunk)) if found.rows is None else found.rows
+            codes.append(found.categories)
+            aims.append(target.values[start + kept])
+            start, rows = start + len(chunk), rows + len(kept)
+            if rows >= SAMPLE:
+                break
+        aim = np.concatenate(aims)[:SAMPLE]
+        whole = {name: np.concatenate([c[name] for c in codes])[:SAMPLE] for name in codes[0]}
+        several = aim.shape[1] > 1
+        return whole, aim.argmax(axis=1) if several else aim[:, 0]
 
     # ------------------------------------------------------------------------------- encoding
 
@@ -156,7 +242,17 @@ class TableProcessor(Processor):
                 values, bad = parsed(cells, kind, self.reader)
                 broken(chunk, name, kind, bad, self.recipe.data.on_error, into)
                 step.apply(values, into, chunk.training)
+        for stage in self.stages:
+            if isinstance(stage, Selection | Components):
+                self._judge(chunk, into)
+            into.numbers = stage.apply(into.numbers)
+        self._judge(chunk, into)
         return into
+
+    def _judge(self, chunk: Chunk, into: Features) -> None:
+        """By the isolation forest, once, of the training split alone."""
+        if chunk.training and self.outliers is not None and FOREST not in into.drop:
+            into.drop[FOREST] = self.outliers(into.numbers)
 
     def encode_chunk(
         self, chunk: Chunk, ledger: Ledger

@@ -110,8 +110,17 @@ def sides(
             assert keys.group is not None
             position, units = _groups(keys.group.take(pa.array(rows)), features, units)
         side[rows] = _by_position(position, units, split)
-    for place, name in enumerate(("train", "validation", "test")):
-        ledger.add("split", name, int((side == place).sum()))
+    counts = [int((side == place).sum()) for place in (TRAIN, VALIDATION, TEST)]
+    for name, count in zip(("train", "validation", "test"), counts, strict=True):
+        ledger.add("split", name, count)
+    if by != "time" and not all(counts) and (split.validation and split.test):
+        different = len(np.unique(features))
+        if different < len(features) / 2:
+            raise UserError(
+                f"data.split: the {len(rows):,} rows are {different:,} different ones, and equal "
+                f"ones stay together: train {counts[0]:,}, validation {counts[1]:,}, test "
+                f"{counts[2]:,}. Keep columns that tell rows apart, or choose other shares"
+            )
     return side
 
 

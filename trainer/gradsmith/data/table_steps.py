@@ -32,12 +32,14 @@ class Features:
         categories: name -> int32 (k,).
         drop: why a row goes no further -> bool (k,).
         notes: what was done -> how many cells.
+        rows: which rows of the chunk they are, where some were left out.
     """
 
     numbers: dict[str, np.ndarray] = field(default_factory=dict)
     categories: dict[str, np.ndarray] = field(default_factory=dict)
     drop: dict[str, np.ndarray] = field(default_factory=dict)
     notes: dict[str, int] = field(default_factory=dict)
+    rows: np.ndarray | None = None
 
     def note(self, what: str, cells: np.ndarray) -> None:
         count = int(cells.sum())

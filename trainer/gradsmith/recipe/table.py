@@ -74,8 +74,8 @@ class Outliers(Node):
 
     @model_validator(mode="after")
     def _possible(self) -> Outliers:
-        if self.method == "isolation_forest" and self.action == "clip":
-            raise ValueError("isolation_forest judges rows, which cannot be clipped: drop or flag")
+        if self.method == "isolation_forest" and self.action != "drop":
+            raise ValueError("isolation_forest judges rows of the training split: action: drop")
         return self
 
 
