@@ -23,6 +23,11 @@ def write_csv(path: Path, rows: Rows) -> Path:
     return path
 
 
+def broken(value: float) -> float:
+    """Never whole, so that it is the same text wherever it comes from."""
+    return round(round(float(value), 2) + 0.001, 3)
+
+
 def people(count: int, seed: int = 0) -> Rows:
     """Rows with gaps, a category, a date and two targets: `left` and `spent`."""
     draw = np.random.default_rng(seed)
@@ -32,12 +37,12 @@ def people(count: int, seed: int = 0) -> Rows:
         spent = 3 * age + 20 * (city == "Rome") + draw.normal()
         rows.append(
             {
-                "age": "" if draw.random() < 0.1 else round(float(age), 3),
-                "income": round(float(np.exp(draw.normal(8, 1))), 2),
+                "age": "" if draw.random() < 0.1 else broken(age),
+                "income": broken(np.exp(draw.normal(8, 1))),
                 "city": "" if draw.random() < 0.1 else str(city),
                 "since": f"202{draw.integers(5)}-{draw.integers(1, 13):02}-{number % 28 + 1:02}",
                 "left": "yes" if age + draw.normal() > 42 else "no",
-                "spent": round(float(spent), 3),
+                "spent": broken(spent),
             }
         )
     return rows

@@ -133,7 +133,7 @@ def test_a_row_that_comes_again_later_is_a_leak(rows: Any, tmp_path: Path) -> No
 def test_rows_that_differ_in_an_id_alone_are_a_leak(rows: Any, tmp_path: Path) -> None:
     twice = [{"id": f"u-{n * 7919 % 5000}", **row} for n, row in enumerate([*rows, *rows])]
     path = write_csv(tmp_path / "t.csv", twice)
-    with pytest.raises(UserError, match=r"equal to rows of another split.*drop id, which no model"):
+    with pytest.raises(UserError, match=r"equal to rows of another split.*put id, which no model"):
         make(tmp_path / "a", path)
     data = make(tmp_path / "b", path, columns={"drop": ["id"]})
     assert sum(sizes(data)) == 600

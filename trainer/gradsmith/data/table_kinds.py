@@ -87,6 +87,7 @@ class Reading:
             plain = pc.replace_substring(array, self.thousands, "")
             array = pc.if_else(pc.match_substring_regex(array, whole), plain, array)
         if self.decimal != ".":
+            array = pc.replace_substring(array, ".", "?")  # no number then
             array = pc.replace_substring(array, self.decimal, ".")
         return array
 
@@ -180,7 +181,7 @@ def infer(chunks: Iterable[pa.Array], reader: Reading, where: str) -> Kind:
     if len(first) == 1 and there == rows:
         return Kind("constant", "one value only")
     if not any(pa.types.is_string(chunk.type) for chunk in present):
-        return _of_numbers(present, len(first), rows)
+        return _of_numbers(present, reader, len(first), rows)
     parsers: dict[str, Callable[[pa.Array], Parsed]] = {
         "boolean": reader.booleans, "number": reader.numbers, "date": reader.dates,
     }  # fmt: skip
@@ -190,7 +191,7 @@ def infer(chunks: Iterable[pa.Array], reader: Reading, where: str) -> Kind:
         bad = sum(int(parse(chunk)[1].sum()) for chunk in present)
         if bad <= BREAKS * there:
             if name == "number":
-                return _of_numbers(present, len(first), rows)
+                return _of_numbers(present, reader, len(first), rows)
             return Kind(name, "true/false" if name == "boolean" else "dates")
     _check_thousands(first, reader, where)
     words = sum(len(text.split()) for text in first) / len(first)
@@ -201,13 +202,12 @@ def infer(chunks: Iterable[pa.Array], reader: Reading, where: str) -> Kind:
     return Kind("category", f"{len(first):,} values")
 
 
-def _of_numbers(present: list[pa.Array], distinct: int, rows: int) -> Kind:
+def _of_numbers(present: list[pa.Array], reader: Reading, distinct: int, rows: int) -> Kind:
     if all(pa.types.is_boolean(chunk.type) for chunk in present):
         return Kind("boolean", "true/false")
     if distinct == rows >= FEW:
-        numbers = [chunk.cast(pa.float64()).to_numpy(zero_copy_only=False) for chunk in present]
-        steps = np.diff(np.concatenate(numbers))
-        if ((steps >= 1) & (steps <= 2)).all():
+        steps = np.diff(np.concatenate([reader.numbers(chunk)[0] for chunk in present]))
+        if (steps >= 1).all() and steps.mean() < 3:
             return Kind("id", "whole numbers that count the rows")
     return Kind("number", "numbers")
 

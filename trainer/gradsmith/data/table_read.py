@@ -104,12 +104,17 @@ def _csv(file: Path, source: Any, broken: Report) -> Iterator[tuple[pa.RecordBat
     if not tabs:
         _check_quotes(file, delimiter)
     skipped: list[int] = []
+    refused: list[UserError] = []
     header = 0 if source.columns else 1  # Arrow counts the line of names as row 1
 
     def invalid(row: Any) -> str:
         number = row.number - header
         told = f"{row.actual_columns} values in this row; allowed are as many as there are columns"
-        broken(f"{file}:row {number}", f"{told}, {len(names)}")
+        try:
+            broken(f"{file}:row {number}", f"{told}, {len(names)}")
+        except UserError as error:  # which Arrow would not let through
+            refused.append(error)
+            return "error"
         skipped.append(number)
         return "skip"
 
@@ -138,6 +143,8 @@ def _csv(file: Path, source: Any, broken: Report) -> Iterator[tuple[pa.RecordBat
                     part = good[start : start + CHUNK]
                     yield batch.slice(start, CHUNK), _places(part, skipped)
     except pa.ArrowInvalid as error:
+        if refused:
+            raise refused[0] from None
         if "Empty CSV" in str(error):
             return
         for _ in lines(file):  # which names the byte that is no UTF-8
@@ -181,7 +188,7 @@ def _check_names(names: list[str], at: str) -> None:
     if not names:
         raise UserError(f"{at}: no line of columns' names: the file is empty")
     if not all(name.strip() for name in names):
-        raise UserError(f"{at}: a column's name is empty: {one_line(names, 200)}")
+        raise UserError(f"{at}: a column's name is empty: {one_line(', '.join(names), 200)}")
     for name in names:
         if names.count(name) > 1:
             raise UserError(f'{at}: the column "{name}" is there twice')

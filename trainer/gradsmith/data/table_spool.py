@@ -167,10 +167,11 @@ class TableSpool:
             some = [self.shown(pair) for pair in found[:3]]
             pairs = "".join(f"\n  {row}\n    {other}" for row, other in some)
             unread = [name for name in self.features if name not in read]
-            also = f"; drop {', '.join(unread)}, which no model reads" if unread else ""
+            also = f"put {', '.join(unread)}, which no model reads, into data.columns.drop, or "
             raise UserError(
                 f"data.split: {len(found):,} held-out rows are equal to rows of another split in "
-                f"all that a model reads (data.split.on_leak: drop would drop them{also}):{pairs}"
+                f"all that a model reads; {also if unread else ''}say data.split.on_leak: drop to "
+                f"leave them out:{pairs}"
             )
         for row, _ in found:
             ledger.add("encode", "in")
@@ -306,7 +307,7 @@ def digest(cells: pa.RecordBatch, names: Sequence[str]) -> np.ndarray:
     columns = []
     for name in names:
         text = texts(cells.column(name))
-        columns.append(pc.coalesce(text, "\x00"))
+        columns.append(pc.coalesce(text, ""))
     joined = pc.binary_join_element_wise(*columns, "\x1f") if columns else None
     if joined is None:
         return np.zeros((cells.num_rows, 2), np.uint64)
