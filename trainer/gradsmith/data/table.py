@@ -258,19 +258,8 @@ class TableProcessor(Processor):
         self, chunk: Chunk, ledger: Ledger
     ) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """The rows of a chunk as columns, each (kept, ...), and which they are, int64 (kept,)."""
-        found = self._features(chunk)
+        columns, found = self._encoded(chunk)
         rows = len(chunk)
-        columns: dict[str, np.ndarray] = {}
-        if self.numbers:
-            matrix = np.empty((rows, len(self.numbers)), np.float32)
-            for place, name in enumerate(self.numbers):
-                matrix[:, place] = found.numbers[name]
-            columns["numbers"] = matrix
-        if self.categories:
-            columns["categories"] = np.stack(
-                [found.categories[name] for name in self.categories], axis=1
-            )
-        self._target(chunk, columns, found)
         ledger.add("encode", "in", rows)
         kept = np.ones(rows, bool)
         for why, lost in found.drop.items():
@@ -284,6 +273,23 @@ class TableProcessor(Processor):
         if not kept.all():
             columns = {name: values[kept] for name, values in columns.items()}
         return columns, np.flatnonzero(kept)
+
+    def _encoded(self, chunk: Chunk) -> tuple[dict[str, np.ndarray], Features]:
+        """All rows of a chunk as columns, and which of them go no further."""
+        found = self._features(chunk)
+        rows = len(chunk)
+        columns: dict[str, np.ndarray] = {}
+        if self.numbers:
+            matrix = np.empty((rows, len(self.numbers)), np.float32)
+            for place, name in enumerate(self.numbers):
+                matrix[:, place] = found.numbers[name]
+            columns["numbers"] = matrix
+        if self.categories:
+            columns["categories"] = np.stack(
+                [found.categories[name] for name in self.categories], axis=1
+            )
+        self._target(chunk, columns, found)
+        return columns, found
 
     def _target(self, chunk: Chunk, columns: dict[str, np.ndarray], found: Features) -> None:
         """Adds the target and the weight, where the rows have them: a request has neither."""
@@ -325,7 +331,7 @@ class TableProcessor(Processor):
             if len(kept):
                 rows.append({name: values[0] for name, values in columns.items()})
             else:
-                why = next(why for why, lost in self._features(chunk).drop.items() if lost[0])
+                why = next(why for why, lost in self._encoded(chunk)[1].drop.items() if lost[0])
                 rows.append(Dropped("encode", why))
         return rows
 

@@ -18,7 +18,17 @@ from .data import (
     TokenizedData,
 )
 from .node import SMALLEST_TEMPERATURE, Node, Variant
-from .objective import DPO, IPO, KTO, OBJECTIVES, ORPO, ClassificationObjective, Preference, SimPO
+from .objective import (
+    DPO,
+    IPO,
+    KTO,
+    OBJECTIVES,
+    ORPO,
+    ClassificationObjective,
+    Preference,
+    SimPO,
+    TableObjective,
+)
 from .reading import load_recipe, parse_recipe, read_recipe, recipe_schema
 from .table import TableData
 from .training import (
@@ -72,6 +82,7 @@ __all__ = [
     "Source",
     "Split",
     "TableData",
+    "TableObjective",
     "TableRecipe",
     "TextClassificationRecipe",
     "TextData",

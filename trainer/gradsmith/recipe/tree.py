@@ -20,7 +20,7 @@ from .node import (
     PositiveInt,
     Temperature,
 )
-from .objective import DPO, ClassificationObjective, Preference
+from .objective import DPO, ClassificationObjective, Preference, TableObjective
 from .table import TableData
 from .training import Training
 
@@ -193,7 +193,7 @@ class PreferenceRecipe(Recipe):
 
 class TableRecipe(Recipe):
     data: TableData
-    objective: ClassificationObjective = ClassificationObjective()
+    objective: TableObjective = TableObjective()
 
 
 RECIPES: dict[str, type[Recipe]] = {
