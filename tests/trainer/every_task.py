@@ -51,6 +51,12 @@ def write_data(folder: Path) -> None:
             for _ in range(100)
         ],
     }
+    lines = ["age,sort,town,outcome"]
+    for _ in range(160):
+        age, sort = draw.randint(1, 80), draw.choice(ANIMALS)
+        outcome = "good" if (age > 40) == (sort == "dog") else "bad"
+        lines.append(f"{age if age % 7 else ''},{sort},{draw.choice(WORDS)},{outcome}")
+    (folder / "people.csv").write_text("\n".join(lines) + "\n")
     for name, found in rows.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
 
@@ -115,4 +121,29 @@ def recipes(folder: Path, base: Path) -> dict[str, dict[str, Any]]:
             model={"from": str(base)},
             objective={"name": "kto"},
         ),
+        "table": {
+            "name": "people",
+            "seed": 3,
+            "output": str(folder / "runs" / "people"),
+            "data": {
+                "task": "table",
+                "sources": [{"kind": "csv", "path": str(folder / "people.csv")}],
+                "target": "outcome",
+                "on_error": "skip",
+                "split": {"validation": 0.2, "test": 0.2},
+            },
+            "model": {
+                "architecture": "ft_transformer",
+                "config": {
+                    "hidden_size": 16,
+                    "num_attention_heads": 2,
+                    "num_hidden_layers": 2,
+                    "intermediate_size": 24,
+                    "dropout": 0.0,
+                    "bins": 4,
+                },
+            },
+            "objective": {"class_weights": "balanced"},
+            "training": TRAINING,
+        },
     }

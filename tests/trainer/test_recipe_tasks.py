@@ -44,8 +44,15 @@ PAIRS: dict[str, Any] = {
     "model": {"from": "base"},
     "training": {"steps": 3},
 }
+TABLE: dict[str, Any] = {
+    "name": "t",
+    "output": "runs/t",
+    "data": {"task": "table", "sources": [{"kind": "csv", "path": "t.csv"}], "target": "y"},
+    "model": {"architecture": "mlp"},
+    "training": {"epochs": 1},
+}
 TREES = {"language_modeling": GOOD, "chat": CHAT, "text_classification": CLASSES,
-         "preference": PAIRS}  # fmt: skip
+         "preference": PAIRS, "table": TABLE}  # fmt: skip
 
 
 def changed(tree: dict[str, Any], key: str, value: Any) -> dict[str, Any]:

@@ -288,9 +288,9 @@ def test_a_regression_has_figures():
     counter = RegressionSums((0.1, 0.5, 0.9))
     outputs = torch.stack([y - 1, y + 0.01, y + 1], dim=1)
     blocks = regression_blocks(counter, counter.sums(outputs, y))
-    assert [block["kind"] for block in blocks] == ["chart", "bars"]
-    assert sum(share for _, share in blocks[0]["lines"][0]["points"]) == pytest.approx(1)
-    assert [bar["value"] for bar in blocks[1]["bars"]] == [0, 1, 1]
+    assert [block["kind"] for block in blocks] == ["chart", "chart", "chart", "bars"]
+    assert sum(share for _, share in blocks[2]["lines"][0]["points"]) == pytest.approx(1)
+    assert [bar["value"] for bar in blocks[3]["bars"]] == [0, 1, 1]
     assert "Residuals" in drawn(blocks).text
 
 

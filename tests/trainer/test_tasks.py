@@ -56,7 +56,7 @@ def test_a_config_may_name_several_tokens_or_ones_of_another_vocabulary(
     recipe = recipe_of(
         "language_modeling", folder, tmp_path / "run", model={"architecture": "llama", **config}
     )
-    found = config_of(recipe, 300)
+    found = config_of(recipe, {"vocab_size": 300})
     assert found.eos_token_id == (eos if isinstance(eos, list) else None)
 
 

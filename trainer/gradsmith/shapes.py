@@ -115,6 +115,25 @@ class LabelledProcessor(Shape):
     longest: Annotated[int, Field(ge=1)]
 
 
+class TableKind(Shape):
+    name: str
+    why: str
+
+
+class TableSettings(Shape):
+    """processor.json of tables"""
+
+    problem: Literal["classification", "regression"]
+    classes: dict[str, Count]
+    target_mean: float
+    target_scale: float
+    kinds: dict[str, TableKind]
+    steps: list[dict[str, Any]]
+    stages: list[dict[str, Any]]
+    numbers: list[str]
+    categories: dict[str, Count]
+
+
 class PairSettings(Shape):
     """processor.json of preferences"""
 

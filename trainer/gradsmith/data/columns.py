@@ -83,6 +83,18 @@ class ColumnWriter:
             self._ends[name] += length
             self._files[name].write(np.array([self._ends[name]], "<u8").tobytes())
 
+    def extend(self, rows: Mapping[str, np.ndarray]) -> None:
+        """Rows of fixed columns, each (rows, *shape).
+
+        Raises:
+            ValueError: a column has another shape than it should, or offsets.
+        """
+        for name, column in self._columns.items():
+            values = rows[name]
+            if column.offsets or values.shape[1:] != column.shape:
+                raise ValueError(f"{name}: rows of shape {values.shape}; allowed is {column}")
+            self._files[name].write(np.ascontiguousarray(values, column.dtype).tobytes())
+
     def close(self) -> dict[str, dict[str, Any]]:
         """The files' sizes and hashes, by name."""
         return {file.path.name: file.close() for file in self._files.values()}

@@ -87,7 +87,7 @@ class Ledger:
 
     STEPS = (
         "read", "extract", "clean", "deduplicate", "split", "vocabulary", "render", "tokenize",
-        "length", "targets",
+        "length", "targets", "encode",
     )  # fmt: skip
     LEAVES = frozenset({"dropped", "joined", "kept", "train", "validation", "test"})
 

@@ -21,6 +21,7 @@ SUFFIXES = {
     "jsonl": (".jsonl",),
     "csv": (".csv", ".tsv"),
     "parquet": (".parquet",),
+    "arrow": (".arrow", ".feather"),
 }
 
 

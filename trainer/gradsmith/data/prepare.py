@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +12,11 @@ from ..errors import UserError
 from ..files import building, check_ours, files_in, write_json
 from ..recipe import Recipe
 from ..run import Run, check_output
-from .clean import clean, deduplicate
-from .columns import ColumnWriter, HashedFile
-from .example import Dropped, Example, Ledger
+from .example import Ledger
 from .prepared import FORMAT, PreparedData
-from .processor import PROCESSOR_FILES, Processor, processor_class
-from .sources import check_sources, fingerprint, read
-from .split import SPLITS, assign
-
-CHUNK = 256  # examples that are encoded together, by several threads
+from .processor import PROCESSOR_FILES, processor_class
+from .sources import check_sources, fingerprint
+from .split import SPLITS
 
 
 def prepare(
@@ -41,6 +35,25 @@ def prepare(
     with run.lock():
         run.begin(recipe, fresh)
         return ensure_data(recipe, log=log)
+
+
+def preview(recipe: Recipe, *, log: Callable[[str], None] = print) -> dict[str, Any]:
+    """`gradsmith prepare --dry-run`: all that `prepare` would do, kept nowhere.
+
+    Returns:
+        the manifest that it would write; the ledger's lines are logged.
+
+    Raises:
+        UserError: as `ensure_data`.
+    """
+    check_sources(recipe.data, log)
+    with tempfile.TemporaryDirectory(prefix="gradsmith-") as scratch:
+        manifest = _write(recipe, Path(scratch), log)
+    for row in manifest["ledger"]:
+        tokens = f", {row['tokens']:,} tokens" if row.get("tokens") else ""
+        why = ": ".join(row[key] for key in ("source", "reason") if key in row)
+        log(f"{row['step']} {row['what']} {row['documents']:,}{tokens}{f' ({why})' if why else ''}")
+    return manifest
 
 
 def ensure_data(recipe: Recipe, *, log: Callable[[str], None] = print) -> PreparedData:
@@ -72,11 +85,14 @@ def _write(recipe: Recipe, scratch: Path, log: Callable[[str], None]) -> dict[st
     """Everything but the manifest, which is returned."""
     inputs = _inputs(recipe)
     ledger = Ledger()
-    _collect(recipe, scratch, ledger, log)
     kind = processor_class(recipe.data.task)
-    processor = kind.fit(recipe, lambda: _read_spool(scratch, "train"), ledger, log)
+    for name in SPLITS:
+        (scratch / name).mkdir()
+    spool = kind.spool().collect(recipe, scratch, ledger, log)
+    _check_shares(recipe, spool.counts, ledger)
+    processor = kind.fit(recipe, spool.training, ledger, log)
     processor.save_pretrained(scratch / kind.folder)
-    splits = {name: _encode(processor, scratch, name, ledger) for name in SPLITS}
+    splits = {name: spool.encode(processor, name, ledger) for name in SPLITS}
     _check_shares(recipe, {name: entry["documents"] for name, entry in splits.items()}, ledger)
     _log_splits(splits, kind.noun, log)
     ledger.check()
@@ -159,41 +175,6 @@ def _inputs(recipe: Recipe) -> dict[str, Any]:
     return {"sources": sources, **processor_class(data.task).inputs(recipe)}
 
 
-# ------------------------------------------------------------------- sources -> raw documents
-
-
-def _collect(recipe: Recipe, scratch: Path, ledger: Ledger, log: Callable[[str], None]) -> None:
-    """Reads, cleans, deduplicates and splits; spools each split's documents to disk."""
-    data = recipe.data
-    documents: Iterable[Example] = read(data, ledger)
-    documents = clean(documents, data.clean, ledger)
-    documents = deduplicate(documents, data.clean.exact_duplicates, ledger)
-    for name in SPLITS:
-        (scratch / name).mkdir()
-    files = {name: _spool(scratch, name).open("w", encoding="utf-8") for name in SPLITS}
-    counts = dict.fromkeys(SPLITS, 0)
-    try:
-        for name, document in assign(documents, data.split, ledger):
-            files[name].write(json.dumps(document.to_json(), ensure_ascii=False) + "\n")
-            counts[name] += 1
-    finally:
-        for file in files.values():
-            file.close()
-    what = processor_class(data.task).noun
-    log(f"{what}: " + ", ".join(f"{name} {n:,}" for name, n in counts.items()))
-    _check_shares(recipe, counts, ledger)
-
-
-def _spool(scratch: Path, name: str) -> Path:
-    return scratch / name / "spool.jsonl"
-
-
-def _read_spool(scratch: Path, name: str) -> Iterator[Example]:
-    with _spool(scratch, name).open(encoding="utf-8") as lines:
-        for line in lines:
-            yield Example.from_json(json.loads(line))
-
-
 def _check_shares(recipe: Recipe, counts: dict[str, int], ledger: Ledger) -> None:
     """Every split that the recipe asks for has a document.
 
@@ -215,31 +196,6 @@ def _check_shares(recipe: Recipe, counts: dict[str, int], ledger: Ledger) -> Non
     why = "; ".join(f"{row['documents']} {row.get('reason', '')}" for row in dropped)
     told = f"{found}; dropped: {why}" if why else found
     raise UserError(f"{where}: nothing is left for {' and '.join(empty)} ({told}); {advice}")
-
-
-# -------------------------------------------------------------------------- examples -> rows
-
-
-def _encode(processor: Processor, scratch: Path, name: str, ledger: Ledger) -> dict[str, Any]:
-    """Writes one split's rows; returns its entry in the manifest."""
-    writer = ColumnWriter(scratch / name, processor.columns)
-    raw = HashedFile(scratch / name / "documents.jsonl") if name != "train" else None
-    counts = Counter(dict.fromkeys(("documents", *processor.counted), 0))
-    examples = _read_spool(scratch, name)
-    while chunk := list(islice(examples, CHUNK)):
-        for example, row in zip(chunk, processor.encode(chunk, ledger), strict=True):
-            if isinstance(row, Dropped):
-                continue
-            writer.add(row)
-            counts.update(documents=1, **processor.tally(example, row))
-            if raw is not None:
-                raw.write((json.dumps(example.to_json(), ensure_ascii=False) + "\n").encode())
-    processor.account(counts, ledger)
-    _spool(scratch, name).unlink()
-    files = writer.close()
-    if raw is not None:
-        files[raw.path.name] = raw.close()
-    return {**counts, "files": files}
 
 
 def _log_splits(splits: dict[str, dict[str, Any]], noun: str, log: Callable[[str], None]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ from ..shapes import DataManifest, ProcessorManifest
 from .columns import Column, Columns
 from .example import Dropped, Example, Ledger
 from .tokenizer import TOKENIZER_FILES
+
+if TYPE_CHECKING:
+    from .spool import Spool
 
 Row = dict[str, np.ndarray]
 """One encoded example: what `prepare` stores, and what a request becomes."""
@@ -36,6 +39,7 @@ PROCESSORS = {
     "chat": "text:ChatProcessor",
     "text_classification": "labelled:LabelledTextProcessor",
     "preference": "pairs:PairProcessor",
+    "table": "table:TableProcessor",
 }
 """data.task -> where its processor is, below gradsmith.data; imported on use."""
 
@@ -139,6 +143,13 @@ class Processor(ABC):
         raise NotImplementedError(f"{cls.__name__} reads no rows")
 
     @classmethod
+    def spool(cls) -> type[Spool]:
+        """What keeps what was read until it is encoded; imported on use."""
+        from .spool import ExampleSpool
+
+        return ExampleSpool
+
+    @classmethod
     def group_of(cls, example: Example) -> bytes | None:
         """What must be equal for two examples to stay on one side of the split."""
         return None
@@ -162,7 +173,7 @@ class Processor(ABC):
     def fit(
         cls,
         recipe: Any,
-        examples: Callable[[], Iterable[Example]],
+        examples: Callable[[], Iterable[Any]],
         ledger: Ledger,
         log: Callable[[str], None],
     ) -> Self:
@@ -170,7 +181,7 @@ class Processor(ABC):
 
         Args:
             recipe: what the user asks for.
-            examples: reads the training split, as often as it is called.
+            examples: reads the training split, as often as it is called: `Spool.training`.
             ledger: for what has to be accounted for.
             log: is told what takes long.
         """

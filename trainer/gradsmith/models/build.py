@@ -144,10 +144,7 @@ def _load(
 
 
 def _from_config(recipe: Recipe, task: Task, dtype: torch.dtype) -> PreTrainedModel:
-    decided = task.config()
-    config = config_of(recipe, decided.pop("vocab_size", None))
-    for key, value in decided.items():
-        setattr(config, key, value)
+    config = config_of(recipe, task.config())
     model: PreTrainedModel = auto_class(task).from_config(config, dtype=torch.float32)
     # Not `model.to(dtype)`: that rounds the buffers too, and rotary frequencies must stay float32.
     for parameter in model.parameters():

@@ -6,15 +6,18 @@ import contextlib
 import math
 import os
 import re
+from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..console import quiet
+from ..data.prepared import PreparedData
 from ..errors import UserError, did_you_mean
 from ..hub import hub_name
 from ..recipe import Recipe
 from ..run import Run
-from ..tasks import task_class
+from ..tasks import make_task, task_class
 
 if TYPE_CHECKING:
     from ..tasks.task import Task
@@ -40,7 +43,7 @@ def describe_model(recipe: Recipe, fresh: bool = True) -> Any:
     task = task_class(recipe.data.task)
     with quiet(Path(os.devnull)):  # what libraries say of a model that is only looked at
         if recipe.model.architecture is not None:
-            config = config_of(recipe)
+            config = config_of(recipe, _decided(recipe))
             where = "model.config"
         else:
             from .base import base_of, find_model
@@ -65,29 +68,38 @@ def describe_model(recipe: Recipe, fresh: bool = True) -> Any:
     return model
 
 
-def config_of(recipe: Recipe, vocab_size: int | None = None) -> Any:
+def _decided(recipe: Recipe) -> dict[str, Any]:
+    """What the data decide of the config, where they are prepared already."""
+    with contextlib.suppress(UserError):
+        data = PreparedData.open(Run(recipe.output).data)
+        if data.fits(recipe):
+            return make_task(recipe, data.processor(recipe)).config()
+    return {}
+
+
+def config_of(recipe: Recipe, decided: Mapping[str, Any]) -> Any:
     """The transformers config that `model.architecture` and `model.config` stand for.
 
     Args:
         recipe: a recipe with model.architecture.
-        vocab_size: of the tokenizer; by default what the recipe says of it.
+        decided: what the data decide of it; without a `vocab_size` there it is what the recipe
+            says of the tokenizer.
 
     Raises:
         UserError: no such architecture, no such key, or values that do not go together.
     """
     from transformers import CONFIG_MAPPING
-    from transformers.models.auto import modeling_auto
 
     task = task_class(recipe.data.task)
-    allowed_names = getattr(modeling_auto, task.architectures)
+    types = model_types(task)
     architecture = str(recipe.model.architecture)
-    if architecture not in allowed_names:
-        near = did_you_mean(architecture, allowed_names)
-        raise UserError(
-            f"model.architecture: found {architecture}; allowed are the {task.models_are} "
-            f"of transformers, as {task.for_example}.{near}"
-        )
-    config_class = CONFIG_MAPPING[architecture]
+    if architecture not in types:
+        told = ", ".join(types)
+        if ":" not in task.architectures:
+            told = f"the {task.models_are} of transformers, as {task.for_example}"
+        near = did_you_mean(architecture, types)
+        raise UserError(f"model.architecture: found {architecture}; allowed are {told}.{near}")
+    config_class = CONFIG_MAPPING[types[architecture]]
     values = dict(recipe.model.config or {})
     allowed = _config_keys(config_class)
     unknown = [key for key in values if key not in allowed]
@@ -95,7 +107,7 @@ def config_of(recipe: Recipe, vocab_size: int | None = None) -> Any:
         lines = (f"model.config.{k}: {architecture} has none.{did_you_mean(k, allowed)}"
                  for k in unknown)  # fmt: skip
         raise UserError("\n  ".join(lines))
-    vocab_size = vocab_size or _vocab_size(recipe)
+    vocab_size = decided.get("vocab_size") or _vocab_size(recipe)
     if vocab_size is not None and values.setdefault("vocab_size", vocab_size) < vocab_size:
         raise UserError(
             f"model.config.vocab_size: found {values['vocab_size']}, fewer than the tokenizer's "
@@ -117,6 +129,9 @@ def config_of(recipe: Recipe, vocab_size: int | None = None) -> Any:
             f"model.config.num_key_value_heads: found {shared}, which does not divide the "
             f"num_attention_heads of {heads}"
         )
+    for key, value in decided.items():
+        if key != "vocab_size":
+            setattr(config, key, value)
     return config
 
 
@@ -180,10 +195,20 @@ def _check_length(recipe: Recipe, config: Any) -> None:
 
 
 def auto_class(task: Task | type[Task]) -> Any:
-    """transformers' class that builds a task's models."""
-    import transformers
+    """The class that builds a task's models: transformers' own, or one of the same methods."""
+    return _find(task.auto_class, "transformers")
 
-    return getattr(transformers, task.auto_class)
+
+def model_types(task: type[Task]) -> dict[str, str]:
+    """What `model.architecture` may be -> transformers' model type."""
+    found = _find(task.architectures, "transformers.models.auto.modeling_auto")
+    return dict(found) if ":" in task.architectures else {name: name for name in found}
+
+
+def _find(name: str, home: str) -> Any:
+    """What "module:name" stands for; a bare name is one of `home`."""
+    module, _, name = name.rpartition(":")
+    return getattr(import_module(module or home), name)
 
 
 def _on_meta(config: Any, task: type[Task], where: str) -> Any:

@@ -71,6 +71,8 @@ def load_config(model: Model, key: str) -> Any:
     """
     from transformers import AutoConfig
 
+    from . import tabular  # noqa: F401  it makes our own model types known to AutoConfig
+
     place = model.place
     local = Path(place).exists()
     if local and gguf.find_gguf(place) is None:

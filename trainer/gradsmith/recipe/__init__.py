@@ -27,9 +27,10 @@ from .objective import (
     ClassificationObjective,
     Preference,
     SimPO,
-    TextClassificationObjective,
+    TableObjective,
 )
 from .reading import load_recipe, parse_recipe, read_recipe, recipe_schema
+from .table import TableData
 from .training import (
     LENGTHS,
     OF_WHOLE_TENSORS,
@@ -45,6 +46,7 @@ from .tree import (
     LanguageModelingRecipe,
     PreferenceRecipe,
     Recipe,
+    TableRecipe,
     TextClassificationRecipe,
     TextRecipe,
 )
@@ -79,6 +81,9 @@ __all__ = [
     "SimPO",
     "Source",
     "Split",
+    "TableData",
+    "TableObjective",
+    "TableRecipe",
     "TextClassificationRecipe",
     "TextData",
     "TextRecipe",

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from ..errors import did_you_mean
 from ..reading import describe
@@ -52,6 +52,28 @@ class TextClassificationObjective(ClassificationObjective):
         description="how many of a training text's tokens are left out, others each time: "
         "Iyyer et al. 2015, Deep unordered composition rivals syntactic methods",
     )
+
+class TableObjective(ClassificationObjective):
+    """Of a classification class_weights and label_smoothing, of a regression the others."""
+
+    loss: Literal["squared", "absolute", "huber", "quantile"] | None = Field(
+        None, description="regression: what the distance from the target costs; default: squared"
+    )
+    delta: PositiveFloat | None = Field(
+        None, description="huber: from where on it grows linearly, in the target's deviations"
+    )
+    quantiles: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(min_length=1)] | None = (
+        Field(None, description="quantile: which to predict; default: 0.1, 0.5, 0.9")
+    )
+
+    @model_validator(mode="after")
+    def _of_its_loss(self) -> Self:
+        for key, loss in (("delta", "huber"), ("quantiles", "quantile")):
+            if getattr(self, key) is not None and self.loss != loss:
+                raise ValueError(f"{key} goes with loss: {loss}; the loss is {self.loss}")
+        if self.quantiles is not None and self.quantiles != sorted(set(self.quantiles)):
+            raise ValueError(f"quantiles: found {self.quantiles}; allowed are rising ones")
+        return self
 
 
 class Preference(Variant):

@@ -20,7 +20,8 @@ from .node import (
     PositiveInt,
     Temperature,
 )
-from .objective import DPO, Preference, TextClassificationObjective
+from .objective import DPO, Preference, TableObjective, TextClassificationObjective
+from .table import TableData
 from .training import Training
 
 
@@ -190,10 +191,16 @@ class PreferenceRecipe(Recipe):
         return self
 
 
+class TableRecipe(Recipe):
+    data: TableData
+    objective: TableObjective = TableObjective()
+
+
 RECIPES: dict[str, type[Recipe]] = {
     "language_modeling": LanguageModelingRecipe,
     "chat": ChatRecipe,
     "text_classification": TextClassificationRecipe,
     "preference": PreferenceRecipe,
+    "table": TableRecipe,
 }
 """data.task -> the class of its recipes; the first one is meant where no task is given."""

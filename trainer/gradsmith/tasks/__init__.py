@@ -19,6 +19,7 @@ TASKS = {
     "chat": "language_modeling:Chat",
     "text_classification": "classification:TextClassification",
     "preference": "preference:Preference",
+    "table": "table:Table",
 }
 """data.task -> where its class is, below gradsmith.tasks; imported on use."""
 
@@ -31,4 +32,4 @@ def task_class(name: str) -> type[Task]:
 
 def make_task(recipe: Recipe, processor: Processor) -> Task:
     """The recipe's task, over what `processor` encodes."""
-    return task_class(recipe.data.task)(recipe, processor)
+    return task_class(recipe.data.task).of(recipe, processor)

@@ -193,11 +193,47 @@ def _pairs(x: torch.Tensor, y: torch.Tensor) -> list[list[float]]:
 
 
 def regression_blocks(counter: RegressionSums, sums: torch.Tensor) -> list[Block]:
-    """The residuals, and for quantiles how often the target is below each."""
+    """Predicted against actual, the residuals, and for quantiles how often the target is below
+    each."""
     if not float(sums[0]) > 0:
         return []
     reach = counter.RESIDUAL_RANGE * (counter.scale or 1.0)
+    bins = counter.by_prediction(sums)
+    ends = [[bins[0][0]] * 2, [bins[-1][0]] * 2]
+    note = f"Rows in {len(bins)} bins of their prediction; the band is one deviation wide."
     blocks: list[Block] = [
+        {
+            "kind": "chart",
+            "title": "Predicted against actual",
+            "note": note,
+            "x": "prediction",
+            "y": "target",
+            "lines": [
+                {
+                    "name": "mean target",
+                    "points": [[x, x - mean] for x, mean, _, _ in bins],
+                    "band": [[x, x - mean - off, x - mean + off] for x, mean, off, _ in bins],
+                    "dots": True,
+                },
+                {"name": "as predicted", "points": ends, "dashed": True},
+            ],
+        },
+        {
+            "kind": "chart",
+            "title": "Residuals against predictions",
+            "note": note,
+            "x": "prediction",
+            "y": "prediction minus target",
+            "lines": [
+                {
+                    "name": "mean residual",
+                    "points": [[x, mean] for x, mean, _, _ in bins],
+                    "band": [[x, mean - off, mean + off] for x, mean, off, _ in bins],
+                    "dots": True,
+                },
+            ],
+            "references": [{"name": "none", "value": 0.0}],
+        },
         {
             "kind": "chart",
             "title": "Residuals",
@@ -207,7 +243,7 @@ def regression_blocks(counter: RegressionSums, sums: torch.Tensor) -> list[Block
             "lines": [
                 {"name": "share", "points": [[x, y] for x, y in counter.residuals(sums)]},
             ],
-        }
+        },
     ]
     if counter.quantiles:
         values = counter.summarize(sums)

@@ -261,10 +261,12 @@ class RegressionSums:
             the prediction ŷ. () is one column, the prediction.
         center: a number near the mean of the targets, such as that of the training split: Σ y² of
             large numbers that lie close together would lose what R² is about.
-        scale: the targets' deviation, likewise; residuals are counted in bins of a tenth of it.
+        scale: the targets' deviation, likewise; residuals are counted in bins of a tenth of it,
+            and predictions in bins of a fifth.
     """
 
     RESIDUAL_BINS = 60
+    PREDICTION_BINS = 30
     RESIDUAL_RANGE = 3.0  # times the scale, on both sides; beyond are the outermost bins
 
     def __init__(self, quantiles: Sequence[float] = (), center: float = 0.0, scale: float = 1.0):
@@ -277,7 +279,7 @@ class RegressionSums:
     @property
     def size(self) -> int:
         """M"""
-        return 5 + len(self.quantiles) + self.RESIDUAL_BINS
+        return 5 + len(self.quantiles) + 4 * self.PREDICTION_BINS + self.RESIDUAL_BINS
 
     @torch.no_grad()
     def sums(
@@ -314,8 +316,15 @@ class RegressionSums:
             values += (target[:, None] <= outputs).double().unbind(1)
         totals = torch.stack([(weight * value).sum() for value in values])
         reach = self.RESIDUAL_RANGE * (self.scale or 1.0)
+        predicted = outputs[:, self.point] - self.center
+        place = _bin(predicted, -reach, reach, self.PREDICTION_BINS)
+        by_prediction = [
+            _histogram(place, weight * value, self.PREDICTION_BINS)
+            for value in (torch.ones_like(weight), predicted, residual, residual**2)
+        ]
         place = _bin(residual, -reach, reach, self.RESIDUAL_BINS)
-        return torch.cat([totals, _histogram(place, weight, self.RESIDUAL_BINS)])
+        residuals = _histogram(place, weight, self.RESIDUAL_BINS)
+        return torch.cat([totals, *by_prediction, residuals])
 
     def summarize(self, sums: torch.Tensor) -> dict[str, float]:
         """The metrics that follow from the sums; NaN where nothing was counted.
@@ -338,6 +347,18 @@ class RegressionSums:
         for quantile, below in zip(self.quantiles, sums[5:].tolist(), strict=False):
             values[f"coverage_{100 * quantile:g}"] = below * share
         return values | {"examples": weight}
+
+    def by_prediction(self, sums: torch.Tensor) -> list[tuple[float, float, float, float]]:
+        """(mean prediction, mean residual, the residuals' deviation around it, weight) of each
+        bin of predictions that holds examples."""
+        parts = sums[-self.RESIDUAL_BINS - 4 * self.PREDICTION_BINS : -self.RESIDUAL_BINS]
+        rows = []
+        for weight, predicted, residual, squared in parts.view(4, -1).T.tolist():
+            if weight > 0:
+                mean = residual / weight
+                deviation = math.sqrt(max(squared / weight - mean * mean, 0.0))
+                rows.append((predicted / weight + self.center, mean, deviation, weight))
+        return rows
 
     def residuals(self, sums: torch.Tensor) -> list[tuple[float, float]]:
         """(prediction minus target at the middle of a bin, share of the weight in it)."""

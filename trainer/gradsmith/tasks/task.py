@@ -53,9 +53,10 @@ class Task(ABC):
         unit: what speed is told in, and how many were read: tokens, images, rows.
         metrics: what is logged at each validation; the first is monitored unless the recipe names
             another.
-        auto_class: transformers' class that builds the model.
-        architectures: what transformers' modeling_auto calls the table of what it can build.
-        models_are: what those are called, for messages.
+        auto_class: transformers' class that builds the model, or "module:class" of one like it.
+        architectures: what transformers' modeling_auto calls the table of what it can build, or
+            "module:name" of a mapping of `model.architecture` to transformers' model type.
+        models_are: what transformers' are called, for messages.
         for_example: some of them.
         peft_type: peft's word for the task, or None.
         needs_reference: whether the loss compares with what the model says as training begins:
@@ -70,8 +71,8 @@ class Task(ABC):
     metrics: ClassVar[tuple[Metric, ...]]
     auto_class: ClassVar[str]
     architectures: ClassVar[str]
-    models_are: ClassVar[str]
-    for_example: ClassVar[str]
+    models_are: ClassVar[str] = ""
+    for_example: ClassVar[str] = ""
     peft_type: ClassVar[str | None] = None
     needs_reference: bool = False
     needs_statistics: bool = False
@@ -82,6 +83,15 @@ class Task(ABC):
 
     def __init__(self, recipe: Recipe, processor: Processor) -> None:
         self.recipe, self.processor = recipe, processor
+
+    @classmethod
+    def of(cls, recipe: Recipe, processor: Any) -> Task:
+        """The task over what `processor` encodes, which may decide which of several it is.
+
+        Raises:
+            UserError: the recipe asks for what does not go with the data.
+        """
+        return cls(recipe, processor)
 
     # ------------------------------------------------------------------------------ the model
 

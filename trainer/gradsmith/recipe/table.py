@@ -1,0 +1,234 @@
+"""`data` of the task `table`: rows of named columns, cleaned, made into features, and split."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from ..reading import describe
+from .data import Data, RecordSource
+from .node import Node, PositiveFloat, PositiveInt
+
+Names = Annotated[list[str], Field(min_length=1)]
+Scale = Literal["zscore", "minmax", "robust", "quantile", "none"]
+Encode = Literal["index", "onehot", "ordinal", "target", "frequency", "hash"]
+Missing = Literal[
+    "auto", "drop", "mean", "median", "most_frequent", "constant", "knn", "iterative"
+]  # fmt: skip
+MISSING_VALUES = ["", "NA", "N/A", "#N/A", "NaN", "nan", "null", "NULL", "None"]
+
+
+class TableSource(RecordSource):
+    """A table, or several of the same columns."""
+
+    kind: Literal["csv", "jsonl", "parquet", "arrow", "hf_dataset"]  # type: ignore[assignment]
+
+
+class TableColumns(Node):
+    """What the columns are; those that are not named are inferred from the training split."""
+
+    drop: list[str] = Field([], description="columns that are not used")
+    numeric: list[str] = Field([], description="numbers")
+    boolean: list[str] = Field([], description="true/false, yes/no or 1/0")
+    categorical: list[str] = Field([], description="one of a number of values")
+    dates: list[str] = Field([], description="ISO 8601: 2024-03-01, with or without a time")
+    text: list[str] = Field([], description="free text, hashed into `features.text_size` numbers")
+    thousands: Literal[",", ".", " ", "'"] | None = Field(
+        None, description="what parts thousands in numbers that are text"
+    )
+    decimal: Literal[".", ","] = Field(".", description="the decimal mark of numbers as text")
+
+    def stated(self) -> dict[str, str]:
+        """Column -> the kind that the recipe says."""
+        kinds = {
+            "numeric": "number", "boolean": "boolean", "categorical": "category",
+            "dates": "date", "text": "text",
+        }  # fmt: skip
+        return {name: kind for key, kind in kinds.items() for name in getattr(self, key)}
+
+    @model_validator(mode="after")
+    def _once(self) -> TableColumns:
+        keys = ("drop", "numeric", "boolean", "categorical", "dates", "text")
+        seen: dict[str, str] = {}
+        for key in keys:
+            for name in getattr(self, key):
+                if name in seen:
+                    raise ValueError(f'"{name}" is in {seen[name]} and in {key}; name it once')
+                seen[name] = key
+        if self.thousands == self.decimal:
+            raise ValueError(f'thousands and decimal are both "{self.decimal}"')
+        return self
+
+
+class Outliers(Node):
+    """Numbers far from the others of their column, by the training split."""
+
+    method: Literal["iqr", "zscore", "mad", "isolation_forest"] = "iqr"
+    action: Literal["clip", "drop", "flag"] = Field(
+        "clip", description="drop: of the training split only; flag: a column that says so"
+    )
+    threshold: PositiveFloat | None = Field(
+        None, description="how far: default 1.5 (iqr), 3 (zscore), 3.5 (mad)"
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> Outliers:
+        if self.method == "isolation_forest" and self.action != "drop":
+            raise ValueError("isolation_forest judges rows of the training split: action: drop")
+        return self
+
+
+class TableClean(Node):
+    """What is mended and what is dropped; all of it is counted in the ledger."""
+
+    missing: Missing = Field(
+        "auto",
+        description="auto: the median and an indicator column; for categories a value of its own",
+    )
+    fill: dict[str, Any] = Field({}, description="constant: what to put where, by column")
+    indicator: bool | None = Field(
+        None, description="a column that says what was missing; default: with auto alone"
+    )
+    missing_values: list[str] = Field(
+        MISSING_VALUES, description="texts that mean that there is no value"
+    )
+    outliers: Outliers | None = None
+    duplicates: Literal["drop", "keep"] = "drop"
+    keys: Names | None = Field(
+        None, description="what makes two rows duplicates; default: all columns"
+    )
+    case: Literal["keep", "lower"] = Field("keep", description="of categories")
+    blanks: Literal["keep", "trim"] = Field(
+        "trim", description="trim: none around a category, one within"
+    )
+
+    @model_validator(mode="after")
+    def _fills(self) -> TableClean:
+        if self.fill and self.missing != "constant":
+            raise ValueError(f"fill goes with missing: constant; missing is {self.missing}")
+        for name, value in self.fill.items():
+            if not isinstance(value, str | int | float | bool):
+                raise ValueError(
+                    f"fill.{name}: found {describe(value)}; allowed are text and numbers"
+                )
+        return self
+
+
+class Select(Node):
+    """Which features to keep."""
+
+    by: Literal["variance", "mutual_information"] = "mutual_information"
+    keep: PositiveInt | None = Field(None, description="how many of the best to keep")
+    above: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="keep those with a score above this"
+    )
+
+    @model_validator(mode="after")
+    def _one(self) -> Select:
+        if (self.keep is None) == (self.above is None):
+            raise ValueError("give exactly one of keep and above")
+        return self
+
+
+class TableFeatures(Node):
+    """How columns become features; all of it is fitted on the training split."""
+
+    scale: Scale = "zscore"
+    encode: Encode = Field("index", description="of categories; index: for the model's embeddings")
+    encoders: dict[str, Encode] = Field({}, description="other encodings, by column")
+    max_categories: PositiveInt = Field(
+        1000, description="the most frequent values of a category; others count as unknown"
+    )
+    hash_size: PositiveInt = Field(32, description="hash: how many columns")
+    text_size: PositiveInt = Field(64, description="text: how many columns")
+    interactions: list[Annotated[list[str], Field(min_length=2, max_length=2)]] = Field(
+        [], description="pairs of numeric columns whose product is a feature"
+    )
+    select: Select | None = None
+    pca: PositiveInt | None = Field(None, description="how many components replace the numbers")
+
+
+def _share_or_count(value: Any) -> Any:
+    """
+    Raises:
+        ValueError: it is neither a share nor a number of rows.
+    """
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if whole and 0 <= value <= 10**12:
+        return value
+    if isinstance(value, float) and 0 <= value < 1:
+        return value
+    raise ValueError(f"found {describe(value)}; allowed are a share below 1 and a number of rows")
+
+
+class TableSplit(Node):
+    """What is held out; equal rows never stand on two sides."""
+
+    validation: float | int = Field(0.15, description="a share below 1, or how many rows")
+    test: float | int = Field(0.15, description="a share below 1, or how many rows")
+    by: Literal["random", "stratified", "group", "time"] | None = Field(
+        None, description="default: time or group where data.time or data.group is given"
+    )
+    on_leak: Literal["stop", "drop"] = Field(
+        "stop", description="held-out rows that equal a training row: stop, or drop them"
+    )
+
+    _sized = field_validator("validation", "test", mode="before")(_share_or_count)
+
+    @model_validator(mode="after")
+    def _some_left(self) -> TableSplit:
+        shares = [part for part in (self.validation, self.test) if isinstance(part, float)]
+        if sum(shares) >= 1:
+            raise ValueError(f"validation + test is {sum(shares):g}; it must stay below 1")
+        return self
+
+
+class TableData(Data):
+    task: Literal["table"]
+    sources: Annotated[list[TableSource], Field(min_length=1)]
+    target: str = Field(description="the column to predict")
+    problem: Literal["classification", "regression"] | None = Field(
+        None,
+        description="default: regression where the target is a number of more than 20 values or "
+        "with fractions, else classification",
+    )
+    columns: TableColumns = TableColumns()
+    group: str | None = Field(None, description="rows that are equal in it stay on one side")
+    time: str | None = Field(None, description="train on the past of it, test on its future")
+    weight: str | None = Field(None, description="what a row counts in the loss")
+    on_error: Literal["stop", "skip"] = Field(
+        "stop", description="at a row that is broken, or a value of another type than its column"
+    )
+    clean: TableClean = TableClean()  # type: ignore[assignment]
+    features: TableFeatures = TableFeatures()
+    split: TableSplit = TableSplit()  # type: ignore[assignment]
+
+    @model_validator(mode="after")
+    def _roles(self) -> TableData:
+        by = self.split.by
+        for key, name in (("group", self.group), ("time", self.time)):
+            if by == key and name is None:
+                raise ValueError(f"split.by: {key} needs data.{key}, the column to split by")
+        if self.group is not None and by == "time":
+            raise ValueError("split.by: time keeps no group together; leave data.group out")
+        if self.group is not None and self.time is not None and by is None:
+            raise ValueError("both group and time are given: say split.by: group or time")
+        if self.group is not None and by in ("random", "stratified"):
+            raise ValueError(f"split.by: {by} would part groups; leave it or data.group out")
+        roles: dict[str, str] = {}
+        for key in ("target", "group", "time", "weight"):
+            name = getattr(self, key)
+            if name is not None and name in roles:
+                raise ValueError(f'{key}: "{name}" is the {roles[name]} already')
+            if name is not None:
+                roles[name] = key
+        for name in self.columns.drop:
+            if name in roles:
+                raise ValueError(f'columns.drop: "{name}" is the {roles[name]}')
+        return self
+
+    def split_by(self) -> str:
+        """How rows are split, the default worked out."""
+        named = "time" if self.time is not None else "group" if self.group is not None else None
+        return self.split.by or named or "random"
