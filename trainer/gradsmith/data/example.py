@@ -86,8 +86,8 @@ class Ledger:
     """
 
     STEPS = (
-        "read", "extract", "clean", "deduplicate", "split", "vocabulary", "render", "tokenize",
-        "length", "targets",
+        "read", "extract", "clean", "deduplicate", "split", "decode", "vocabulary", "render",
+        "tokenize", "length", "targets",
     )  # fmt: skip
     LEAVES = frozenset({"dropped", "joined", "kept", "train", "validation", "test"})
 

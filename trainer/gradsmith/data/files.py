@@ -21,6 +21,12 @@ SUFFIXES = {
     "jsonl": (".jsonl",),
     "csv": (".csv", ".tsv"),
     "parquet": (".parquet",),
+    "tar": (".tar", ".tar.gz", ".tgz"),
+    "image_folder": tuple(
+        case(f".{name}")
+        for name in ("png", "jpg", "jpeg", "webp", "bmp", "gif")
+        for case in (str.lower, str.upper)
+    ),
 }
 
 

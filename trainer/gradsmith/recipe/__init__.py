@@ -32,6 +32,7 @@ from .training import (
 from .tree import (
     RECIPES,
     ChatRecipe,
+    ImageClassificationRecipe,
     LanguageModelingRecipe,
     PreferenceRecipe,
     Recipe,
@@ -55,6 +56,7 @@ __all__ = [
     "Clean",
     "Data",
     "EarlyStopping",
+    "ImageClassificationRecipe",
     "LabelledData",
     "LabelledSource",
     "LanguageModelingRecipe",
