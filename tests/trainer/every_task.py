@@ -8,6 +8,9 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import PIL.Image
+
 ANIMALS, DOING = ["cat", "dog", "bird"], ["runs", "sleeps", "eats"]
 WORDS = ["red", "green", "blue", *ANIMALS, *DOING, "fast", "slow", "big", "small", "here", "now"]
 CONFIG = {
@@ -18,6 +21,8 @@ CONFIG = {
 }
 # Another micro-batch draws other masks.
 WITHOUT_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+ROW = {"sequence_length": 48}
+LOSSLESS = {"webp": {"lossless": True}}
 TRAINING = {
     "steps": 4,
     "global_batch": 8,
@@ -60,6 +65,24 @@ def write_data(folder: Path) -> None:
     for name, found in rows.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
 
+    write_pictures(folder / "pictures", 60)
+
+
+def write_pictures(folder: Path, each: int) -> None:
+    """Two classes, brighter above or brighter on the left, in three formats and many sizes."""
+    draw = np.random.default_rng(0)
+    for name in ("above", "left"):
+        (folder / name).mkdir(parents=True)
+        for number in range(each):
+            height, width = draw.integers(9, 20, 2)
+            pixels = draw.integers(0, 120, (height, width, 3))
+            pixels[
+                : height // 2 if name == "above" else None, : None if name == "above" else 5
+            ] += 90
+            picture = PIL.Image.fromarray(pixels.astype(np.uint8))
+            ending = ("png", "jpg", "webp")[number % 3]
+            picture.save(folder / name / f"{number}.{ending}", **LOSSLESS.get(ending, {}))
+
 
 def recipes(folder: Path, base: Path) -> dict[str, dict[str, Any]]:
     """data.task -> recipe, over what `write_data` wrote; `base` is a language model's folder."""
@@ -69,11 +92,7 @@ def recipes(folder: Path, base: Path) -> dict[str, dict[str, Any]]:
             "name": name,
             "seed": 3,
             "output": str(folder / "runs" / name),
-            "data": {
-                "split": {"validation": 0.2, "test": 0.2},
-                "sequence_length": 48,
-                **data,
-            },
+            "data": {"split": {"validation": 0.2, "test": 0.2}, **data},
             "training": TRAINING,
             **more,
         }
@@ -87,7 +106,7 @@ def recipes(folder: Path, base: Path) -> dict[str, dict[str, Any]]:
     return {
         "language_modeling": recipe(
             "texts",
-            {"sources": source("texts"), "tokenizer": tokenizer},
+            {"sources": source("texts"), "tokenizer": tokenizer, **ROW},
             model=llama,
             evaluation=samples,
         ),
@@ -97,6 +116,7 @@ def recipes(folder: Path, base: Path) -> dict[str, dict[str, Any]]:
                 "task": "chat",
                 "sources": source("chats", prompt="question", response="answer"),
                 "tokenizer": tokenizer,
+                **ROW,
             },
             model=llama,
             evaluation=samples,
@@ -107,6 +127,7 @@ def recipes(folder: Path, base: Path) -> dict[str, dict[str, Any]]:
                 "task": "text_classification",
                 "sources": source("labelled"),
                 "tokenizer": tokenizer,
+                **ROW,
             },
             model={"architecture": "bert", "config": {**CONFIG, **WITHOUT_DROPOUT}},
             objective={
@@ -115,9 +136,31 @@ def recipes(folder: Path, base: Path) -> dict[str, dict[str, Any]]:
                 "token_dropout": 0.2,
             },
         ),
+        "image_classification": recipe(
+            "pictures",
+            {
+                "task": "image_classification",
+                "sources": [{"kind": "image_folder", "path": str(folder / "pictures")}],
+                "image": {"size": 12},
+            },
+            model={"architecture": "vit", "config": {**CONFIG, "patch_size": 4}},
+            objective={
+                "augment": {
+                    "crop": [0.5, 1.0],
+                    "flip": 0.5,
+                    "rotate": 10,
+                    "color_jitter": {"brightness": 0.3, "hue": 0.1},
+                    "randaugment": {"layers": 1},
+                    "erase": 0.3,
+                },
+                "mixup": 0.4,
+                "cutmix": 1.0,
+                "label_smoothing": 0.1,
+            },
+        ),
         "preference": recipe(
             "pairs",
-            {"task": "preference", "sources": source("pairs")},
+            {"task": "preference", "sources": source("pairs"), **ROW},
             model={"from": str(base)},
             objective={"name": "kto"},
         ),

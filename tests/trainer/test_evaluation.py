@@ -126,7 +126,7 @@ def test_the_batch_size_changes_nothing(prepared):
         assert many[key] == pytest.approx(value, rel=1e-5), key
 
 
-def test_a_limit_takes_the_first_sequences(prepared):
+def test_a_limit_takes_so_many_sequences(prepared):
     model = tiny_llama(prepared.manifest["vocab_size"])
     found = measure(model, prepared, limit=2)
     assert found["sequences"] == 2

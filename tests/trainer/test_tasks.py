@@ -282,7 +282,7 @@ def test_a_model_that_has_not_moved_is_right_about_half(folder: Path, tmp_path: 
     batch = Batch({}, {"counts": torch.ones(3), "reference": reference})
     found = task.summarize(task.metric_sums(outputs, batch))
     assert found["accuracy"] == pytest.approx((0.5 + 1 + 0) / 3)
-    assert found["likelier"] == 1 and found["pairs"] == 3
+    assert (found["likelier"], found["pairs"]) == (1, 3)
 
 
 def test_the_reference_is_kept_and_missed(folder: Path, tmp_path: Path) -> None:

@@ -134,6 +134,21 @@ class TableSettings(Shape):
     categories: dict[str, Count]
 
 
+class ImageSight(Shape):
+    size: Annotated[int, Field(ge=1)]
+    edge: Annotated[int, Field(ge=1)] | None
+    mean: Annotated[list[Number], Field(min_length=3, max_length=3)]
+    std: Annotated[list[Number], Field(min_length=3, max_length=3)]
+    interpolation: Literal["nearest", "bilinear", "bicubic"]
+
+
+class ImageSettings(Shape):
+    """processor.json of pictures"""
+
+    classes: Annotated[dict[str, Count], Field(min_length=2)]
+    sight: ImageSight
+
+
 class PairSettings(Shape):
     """processor.json of preferences"""
 
@@ -182,6 +197,7 @@ class MetricsRow(Shape):
     tokens_per_second: Number | None = None
     bits_per_byte: Number | None = None
     accuracy: Number | None = None
+    waiting: Number | None = None
     time: Number | None = None
 
 

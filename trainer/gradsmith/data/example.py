@@ -86,8 +86,8 @@ class Ledger:
     """
 
     STEPS = (
-        "read", "extract", "clean", "deduplicate", "split", "vocabulary", "render", "tokenize",
-        "length", "targets", "encode",
+        "read", "extract", "clean", "deduplicate", "split", "decode", "vocabulary", "render",
+        "tokenize", "length", "targets", "encode",
     )  # fmt: skip
     LEAVES = frozenset({"dropped", "joined", "kept", "train", "validation", "test"})
 

@@ -22,6 +22,12 @@ SUFFIXES = {
     "csv": (".csv", ".tsv"),
     "parquet": (".parquet",),
     "arrow": (".arrow", ".feather"),
+    "tar": (".tar", ".tar.gz", ".tgz"),
+    "image_folder": tuple(
+        case(f".{name}")
+        for name in ("png", "jpg", "jpeg", "webp", "bmp", "gif")
+        for case in (str.lower, str.upper)
+    ),
 }
 
 

@@ -17,10 +17,9 @@ from ..shapes import LabelledProcessor
 from .columns import Column, Columns
 from .example import Dropped, Example, Ledger, content_digest
 from .processor import Batch, Processor, Row
-from .readers import kind_of, string, value_of
+from .readers import label_of, string
 from .text import check_tokenizer, fit_tokenizer, tokenizer_inputs
 from .tokenizer import load_tokenizer, special_tokens_as_text
-
 
 THINNED = 1  # the counter's last word: apart from an epoch's order, which has the same key and 0
 
@@ -64,15 +63,8 @@ class LabelledTextProcessor(Processor):
 
     @classmethod
     def example(cls, row: dict[str, Any], at: str, source: Any) -> Example:
-        label = value_of(row, source.label, at)
-        if isinstance(label, float) and label.is_integer():  # as a table with gaps has them
-            label = int(label)
-        if label is None or label == "" or not isinstance(label, str | int):
-            raise UserError(
-                f'{at}: "{source.label}", the class, must be text or a whole number; found '
-                f"{'nothing' if label in (None, '') else kind_of(label)}"
-            )
-        return Example(at, {"text": string(row, source.text, at), "label": str(label)})
+        label = label_of(row, source.label, at)
+        return Example(at, {"text": string(row, source.text, at), "label": label})
 
     @classmethod
     def group_of(cls, example: Example) -> bytes:
@@ -96,14 +88,7 @@ class LabelledTextProcessor(Processor):
         log: Callable[[str], None],
     ) -> Self:
         counts = Counter(example.fields["label"] for example in examples())
-        if len(counts) < 2:
-            found = ", ".join(f'"{label}"' for label in counts) or "none"
-            raise UserError(
-                f"data.sources: the training split has one class only ({found}); a classifier "
-                "needs two and more"
-            )
-        classes = {label: counts[label] for label in sorted(counts)}
-        log("classes: " + ", ".join(f"{label} {count:,}" for label, count in classes.items()))
+        classes = classes_of(counts, log)
         tokenizer = fit_tokenizer(recipe, examples, ledger, log, needs_eos=False)
         return cls(tokenizer, classes, recipe.data.sequence_length, recipe)
 
@@ -206,6 +191,23 @@ class LabelledTexts:
             self.processor.padded(texts).inputs,
             {"target": torch.tensor(targets), "weight": torch.tensor(weights, dtype=torch.float32)},
         )
+
+
+def classes_of(counts: Mapping[str, int], log: Callable[[str], None]) -> dict[str, int]:
+    """The classes of the training split, sorted, with how often each is there.
+
+    Raises:
+        UserError: there are fewer than two.
+    """
+    if len(counts) < 2:
+        found = ", ".join(f'"{label}"' for label in counts) or "none"
+        raise UserError(
+            f"data.sources: the training split has one class only ({found}); a classifier "
+            "needs two and more"
+        )
+    classes = {label: counts[label] for label in sorted(counts)}
+    log("classes: " + ", ".join(f"{label} {count:,}" for label, count in classes.items()))
+    return classes
 
 
 def class_weights(classes: dict[str, int], asked: str | dict[str, float] | None) -> np.ndarray:

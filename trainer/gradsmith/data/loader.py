@@ -2,16 +2,20 @@
 
 The global index counts rows from the start of the run: a row's place in it. Nothing here depends
 on the number of ranks or on what was read before, so the position of a run is one integer, its
-step.
+step. So the next batches can be made while the model works on this one.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
 from .processor import Batch, Dataset
+
+AHEAD = 2  # micro-batches that are begun before they are asked for
 
 
 def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
@@ -31,6 +35,9 @@ class Loader:
         dataset: the rows.
         seed: of the order.
         global_batch: rows in one step, over all ranks and micro-batches.
+
+    Attributes:
+        waited: seconds that `micro_batches` has waited for rows, in all.
     """
 
     def __init__(self, dataset: Dataset, *, seed: int, global_batch: int):
@@ -38,6 +45,9 @@ class Loader:
             raise ValueError("dataset: there are no rows, so there is nothing to train on")
         self.dataset, self.seed, self.global_batch = dataset, seed, global_batch
         self._orders: dict[int, np.ndarray] = {}
+        self.waited = 0.0
+        self._maker = ThreadPoolExecutor(1, "loader")
+        self._begun: dict[tuple[int, ...], Future[Batch]] = {}
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:
@@ -70,6 +80,8 @@ class Loader:
     ) -> Iterator[Batch]:
         """This rank's share: its a-th has rows [(a*world + rank) * micro_batch : +micro_batch].
 
+        Another thread makes them, and has begun those of the next step when this one's are used up.
+
         Raises:
             ValueError: the global batch does not divide over world * micro_batch.
         """
@@ -79,22 +91,44 @@ class Loader:
                 f"global_batch: {self.global_batch} is no multiple of world {world} * "
                 f"micro_batch {micro_batch}"
             )
+        first, shape = step * accumulation, (accumulation, world, micro_batch)
+        return (self._made(first + a, rank, shape) for a in range(accumulation))
+
+    def _made(self, number: int, rank: int, shape: tuple[int, int, int]) -> Batch:
+        """A rank's micro-batch, counted from the start of the run; begins those that follow."""
+        wanted = [(n, rank, *shape) for n in range(number, number + 1 + AHEAD)]
+        self._begun = {key: made for key, made in self._begun.items() if key in wanted}
+        for key in wanted:
+            if key not in self._begun:
+                rows, draws = self._places(key[0], rank, shape)
+                self._begun[key] = self._maker.submit(self.dataset.batch, rows, draws)
+        began = time.monotonic()
+        batch = self._begun.pop(wanted[0]).result()
+        self.waited += time.monotonic() - began
+        return batch
+
+    def _places(
+        self, number: int, rank: int, shape: tuple[int, int, int]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The rows of a micro-batch, and their places in the run."""
+        step, a = divmod(number, shape[0])
         places = np.arange(self.global_batch, dtype=np.uint64)
         places += np.uint64(step * self.global_batch)
-        shape = accumulation, world, micro_batch
-        rows, draws = (whole.reshape(shape)[:, rank] for whole in (self.indices(step), places))
-        return (self.dataset.batch(*part) for part in zip(rows, draws, strict=True))
+        rows, draws = (whole.reshape(shape)[a, rank] for whole in (self.indices(step), places))
+        return rows, draws
 
 
 def evaluation_batches(
     dataset: Dataset, *, rank: int, world: int, batch: int, limit: int | None = None
 ) -> Iterator[Batch]:
-    """The first `limit` rows in order; each group of world * batch rows is dealt to the ranks.
+    """`limit` rows in order; each group of world * batch rows is dealt to the ranks.
 
+    They are spread evenly over the split: its first rows may be of one source, or of one class.
     Every rank gets the same number of batches, as collectives inside a model need it. A batch
     may be short; where nothing is left for a rank it gets one that counts for nothing.
     """
-    rows = len(dataset) if limit is None else min(limit, len(dataset))
-    for group in range(0, rows, world * batch):
+    count = len(dataset) if limit is None else min(limit, len(dataset))
+    rows = np.arange(count) * len(dataset) // max(1, count)
+    for group in range(0, count, world * batch):
         first = group + rank * batch
-        yield dataset.batch(range(first, min(first + batch, rows)))
+        yield dataset.batch(rows[first : first + batch])

@@ -30,7 +30,7 @@ Row = dict[str, np.ndarray]
 
 PROCESSOR_FILES = {
     "tokenizer": TOKENIZER_FILES,
-    "processor": (*TOKENIZER_FILES, "processor.json"),
+    "processor": (*TOKENIZER_FILES, "processor.json", "preprocessor_config.json"),
 }
 """A processor's folder -> what it may write there, and what goes into every checkpoint's model."""
 
@@ -40,6 +40,7 @@ PROCESSORS = {
     "text_classification": "labelled:LabelledTextProcessor",
     "preference": "pairs:PairProcessor",
     "table": "table:TableProcessor",
+    "image_classification": "image:ImageProcessor",
 }
 """data.task -> where its processor is, below gradsmith.data; imported on use."""
 
@@ -111,6 +112,8 @@ class Processor(ABC):
         noun: what its examples are called.
         counted: what `tally` counts, in the manifest's order.
         columns: what it stores of a row.
+        together: how many rows at neighbouring places of the run make each other, and so must be
+            in one batch: those at places k * together to (k + 1) * together - 1.
     """
 
     folder: ClassVar[str] = "processor"
@@ -119,6 +122,7 @@ class Processor(ABC):
     noun: ClassVar[str] = "examples"
     counted: ClassVar[tuple[str, ...]] = ()
     columns: Mapping[str, Column]
+    together: int = 1
 
     @classmethod
     def check_source(cls, source: Source, where: str) -> None:

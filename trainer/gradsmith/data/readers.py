@@ -172,6 +172,9 @@ def _dataset_rows(source: Source, where: str) -> Iterator[tuple[dict[str, Any], 
             builder = datasets.load_dataset_builder(name)
             _check_builder(builder, path if path.is_dir() else None, name, where)
             found = builder.as_streaming_dataset(split=source.split)
+        for column, feature in (found.features or {}).items():
+            if getattr(feature, "decode", None) is True:  # a picture is wanted as its file
+                found = found.cast_column(column, type(feature)(decode=False))
         for number, row in enumerate(found, 1):
             yield row, f"{source.path}:{source.split}:row {number}"
 
@@ -234,6 +237,19 @@ def string(row: dict[str, Any], key: str, at: str) -> str:
     if not isinstance(value, str):
         raise UserError(f'{at}: "{key}" must be text; found {kind_of(value)}')
     return value
+
+
+def label_of(row: dict[str, Any], key: str, at: str) -> str:
+    """A row's class: text, or a whole number."""
+    label = value_of(row, key, at)
+    if isinstance(label, float) and label.is_integer():  # as a table with gaps has them
+        label = int(label)
+    if label is None or label == "" or not isinstance(label, str | int):
+        raise UserError(
+            f'{at}: "{key}", the class, must be text or a whole number; found '
+            f"{'nothing' if label in (None, '') else kind_of(label)}"
+        )
+    return str(label)
 
 
 def messages_of(row: dict[str, Any], key: str, at: str) -> Messages:

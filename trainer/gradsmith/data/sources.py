@@ -17,6 +17,7 @@ from ..files import file_entry
 from ..recipe import Data, Source
 from .example import Example, Ledger
 from .files import SUFFIXES, files_of, find
+from .pictures import KINDS, digits_file, pictures
 from .processor import Processor, processor_class
 from .readers import check_dataset, rows, texts
 from .stdlib import is_test, modules, read_stdlib, stdlib
@@ -82,14 +83,28 @@ def _examples(source: Source, task: str, where: str, ledger: Ledger) -> Iterator
         return
     if source.kind == "text":
         examples = texts(source, where)
+    elif source.kind in KINDS:
+        kind = processor_class(task)
+        examples = _pictured(source, kind, where, name, ledger)
     else:
-        kind: type[Processor] = processor_class(task)
+        kind = processor_class(task)
         found = rows(source, kind.reads(source), where)
         examples = (kind.example(row, at, source) for row, at in found)
     for example in examples:
         ledger.add("read", "in", source=name)
         ledger.add("read", "kept", source=name)
         yield example
+
+
+def _pictured(
+    source: Any, kind: type[Processor], where: str, name: str, ledger: Ledger
+) -> Iterator[Example]:
+    def leave(reason: str) -> None:
+        ledger.add("read", "in", source=name)
+        ledger.add("read", "dropped", source=name, reason=reason)
+
+    for file, label, at in pictures(source, where, leave):
+        yield kind.example({source.image: file, source.label: label}, at, source)
 
 
 def _name(source: Source) -> str:
@@ -104,6 +119,8 @@ def fingerprint(source: Source, where: str) -> dict[str, Any]:
     if source.kind == "python_stdlib":
         root: Path | None = stdlib()
         files = [file for file in modules() if not is_test(file)]
+    elif source.kind == "digits":
+        root, files = digits_file().parent, [digits_file()]
     elif source.kind == "hf_dataset":
         assert source.path is not None
         root = Path(source.path)

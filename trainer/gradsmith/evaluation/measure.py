@@ -26,7 +26,7 @@ def measure(
         model: a model or an engine around one. It is in evaluation mode meanwhile.
         dataset: the rows.
         batch: rows in a forward pass; no effect on the result but rounding.
-        limit: measure the first `limit` rows only.
+        limit: measure so many rows only, spread evenly.
 
     Returns:
         float64 (M,) on the CPU; `task.summarize` reads it.

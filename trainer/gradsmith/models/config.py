@@ -107,6 +107,9 @@ def config_of(recipe: Recipe, decided: Mapping[str, Any]) -> Any:
         lines = (f"model.config.{k}: {architecture} has none.{did_you_mean(k, allowed)}"
                  for k in unknown)  # fmt: skip
         raise UserError("\n  ".join(lines))
+    for key, value in task.implied(recipe).items():
+        if key in allowed:
+            values.setdefault(key, value)
     vocab_size = decided.get("vocab_size") or _vocab_size(recipe)
     if vocab_size is not None and values.setdefault("vocab_size", vocab_size) < vocab_size:
         raise UserError(
@@ -233,6 +236,7 @@ def lora_config(recipe: Recipe, task: Task | type[Task]) -> Any:
         lora_dropout=adapter.dropout,
         target_modules=adapter.target,
         task_type=task.peft_type,
+        modules_to_save=list(task.peft_saves) or None,
     )
 
 

@@ -43,6 +43,7 @@ from .training import (
 from .tree import (
     RECIPES,
     ChatRecipe,
+    ImageClassificationRecipe,
     LanguageModelingRecipe,
     PreferenceRecipe,
     Recipe,
@@ -67,6 +68,7 @@ __all__ = [
     "Clean",
     "Data",
     "EarlyStopping",
+    "ImageClassificationRecipe",
     "LabelledData",
     "LabelledSource",
     "LanguageModelingRecipe",

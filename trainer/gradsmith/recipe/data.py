@@ -8,6 +8,10 @@ from pydantic import Field, model_validator
 
 from .node import Fraction, Node, PathText, PositiveInt
 
+INSTALLED = ("python_stdlib", "digits")  # sources that come with what is installed
+Channels = Annotated[
+    list[Annotated[float, Field(allow_inf_nan=False)]], Field(min_length=3, max_length=3)
+]
 RecordKind = Literal["jsonl", "csv", "parquet", "hf_dataset"]
 
 
@@ -23,9 +27,9 @@ class Source(Node):
 
     @model_validator(mode="after")
     def _path_given(self) -> Source:
-        if self.kind == "python_stdlib":
+        if self.kind in INSTALLED:
             if self.path is not None:
-                raise ValueError("path does not go with kind python_stdlib; leave it out")
+                raise ValueError(f"path does not go with kind {self.kind}; leave it out")
         elif self.path is None:
             raise ValueError(f"kind {self.kind} needs a path")
         return self
@@ -75,6 +79,14 @@ class LabelledSource(RecordSource):
 
     text: str = Field("text", description="the column or key of the text")
     label: str = Field("label", description="the column or key of its class: text or a number")
+
+
+class ImageSource(Source):
+    """Pictures with the class of each."""
+
+    kind: Literal["image_folder", "tar", "parquet", "hf_dataset", "digits"]
+    image: str = Field("image", description="the column of the picture: its file's bytes")
+    label: str = Field("label", description="the column of its class: text or a number")
 
 
 class PairSource(RecordSource):
@@ -140,6 +152,10 @@ class Data(Node):
     split: Split = Split()
     clean: Clean = Clean()
 
+    def of_model(self) -> bool:
+        """Whether what is prepared follows from `model.from` too."""
+        return False
+
 
 class TokenizedData(Data):
     """Rows of tokens."""
@@ -148,6 +164,9 @@ class TokenizedData(Data):
         None, description="default: the tokenizer in the folder of model.from"
     )
     sequence_length: Annotated[int, Field(ge=2)] = 512
+
+    def of_model(self) -> bool:
+        return self.tokenizer is None
 
 
 class TextData(TokenizedData):
@@ -174,3 +193,31 @@ class PairData(TokenizedData):
     task: Literal["preference"]
     sources: Annotated[list[PairSource], Field(min_length=1)]
     chat: Chat = Chat()
+
+
+class Image(Node):
+    """What the model sees of a picture."""
+
+    size: Annotated[int, Field(ge=1, le=4096)] | None = Field(
+        None, description="edge of the square in pixels; default: that of model.from, else 224"
+    )
+    mean: Channels | None = Field(None, description="of the channels, of pixels from 0 to 1")
+    std: Channels | None = None
+    on_error: Literal["drop", "refuse"] = Field(
+        "drop", description="what happens to a file that is damaged or no picture"
+    )
+
+    @model_validator(mode="after")
+    def _divisible(self) -> Image:
+        if self.std is not None and min(self.std) <= 0:
+            raise ValueError(f"std: found {self.std}; allowed are numbers above 0")
+        return self
+
+
+class ImageData(Data):
+    task: Literal["image_classification"]
+    sources: Annotated[list[ImageSource], Field(min_length=1)]
+    image: Image = Image()
+
+    def of_model(self) -> bool:
+        return None in (self.image.size, self.image.mean, self.image.std)

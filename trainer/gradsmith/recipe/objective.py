@@ -12,6 +12,9 @@ from ..errors import did_you_mean
 from ..reading import describe
 from .node import Fraction, Node, NotNegative, PositiveFloat, Variant
 
+Share = Annotated[float, Field(ge=0, le=1)]
+Mixing = Annotated[float, Field(ge=0, le=100)]
+
 
 class ClassificationObjective(Node):
     """Cross-entropy, its rows weighted by their classes."""
@@ -53,6 +56,7 @@ class TextClassificationObjective(ClassificationObjective):
         "Iyyer et al. 2015, Deep unordered composition rivals syntactic methods",
     )
 
+
 class TableObjective(ClassificationObjective):
     """Of a classification class_weights and label_smoothing, of a regression the others."""
 
@@ -74,6 +78,58 @@ class TableObjective(ClassificationObjective):
         if self.quantiles is not None and self.quantiles != sorted(set(self.quantiles)):
             raise ValueError(f"quantiles: found {self.quantiles}; allowed are rising ones")
         return self
+
+
+class ColorJitter(Node):
+    """Factors within 1 ± each; hue by a share of the circle."""
+
+    brightness: NotNegative = 0.0
+    contrast: NotNegative = 0.0
+    saturation: NotNegative = 0.0
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+
+
+class RandAugment(Node):
+    """Cubuk et al. 2019, arXiv 1909.13719"""
+
+    layers: Annotated[int, Field(ge=1, le=16)] = 2
+    magnitude: Annotated[int, Field(ge=0, le=30)] = 9
+
+
+class Augment(Node):
+    """What is random about a training picture, in this order; in one pass over it."""
+
+    crop: Annotated[list[Share], Field(min_length=2, max_length=2)] | None = Field(
+        None, description="a part of the picture, by its area: [from, to]; default: the middle"
+    )
+    pad: Annotated[int, Field(ge=0, le=1024)] = Field(
+        0, description="shifts by at most so many pixels; what comes in is black"
+    )
+    flip: Share = Field(0.0, description="how often left and right change sides")
+    vertical_flip: Share = 0.0
+    rotate: Annotated[float, Field(ge=0, le=180)] = Field(0.0, description="degrees, at most")
+    color_jitter: ColorJitter | None = None
+    randaugment: RandAugment | None = None
+    trivial_augment: bool = Field(False, description="arXiv 2103.10158")
+    erase: Share = Field(0.0, description="how often a box is blanked: arXiv 1708.04896")
+
+    @model_validator(mode="after")
+    def _go_together(self) -> Augment:
+        if self.crop is not None and not 0 < self.crop[0] <= self.crop[1]:
+            raise ValueError(f"crop: found {self.crop}; allowed are two shares, rising, above 0")
+        if self.randaugment is not None and self.trivial_augment:
+            raise ValueError("randaugment and trivial_augment: give one of them")
+        return self
+
+
+class ImageObjective(ClassificationObjective):
+    """Cross-entropy over augmented pictures."""
+
+    augment: Augment = Augment()
+    mixup: Mixing = Field(0.0, description="alpha of arXiv 1710.09412; 0: none")
+    cutmix: Mixing = Field(
+        0.0, description="alpha of arXiv 1905.04899; 0: none. With mixup too, half the pairs each"
+    )
 
 
 class Preference(Variant):

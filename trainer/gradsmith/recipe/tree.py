@@ -10,7 +10,15 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, SerializeAsAny, model_validator
 
 from ..reading import describe
-from .data import ChatData, LabelledData, LanguageModelingData, PairData, TextData, TokenizedData
+from .data import (
+    ChatData,
+    ImageData,
+    LabelledData,
+    LanguageModelingData,
+    PairData,
+    TextData,
+    TokenizedData,
+)
 from .node import (
     SMALLEST_TEMPERATURE,
     Fraction,
@@ -20,7 +28,13 @@ from .node import (
     PositiveInt,
     Temperature,
 )
-from .objective import DPO, Preference, TableObjective, TextClassificationObjective
+from .objective import (
+    DPO,
+    ImageObjective,
+    Preference,
+    TableObjective,
+    TextClassificationObjective,
+)
 from .table import TableData
 from .training import Training
 
@@ -140,7 +154,7 @@ class Recipe(Node):
     def data_hash(self) -> str:
         """Identifies what `prepare` makes: equal hashes mean the prepared data can be reused."""
         tree = {"seed": self.seed, "data": self.dump()["data"]}
-        if isinstance(self.data, TokenizedData) and self.data.tokenizer is None:
+        if self.data.of_model():
             tree["tokenizer_from"] = self.model.from_
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
@@ -176,6 +190,31 @@ class TextClassificationRecipe(Recipe):
     objective: TextClassificationObjective = TextClassificationObjective()
 
 
+class ImageClassificationRecipe(Recipe):
+    data: ImageData
+    objective: ImageObjective = ImageObjective()
+
+    def image_size(self) -> int | None:
+        """The square's edge, as far as the recipe says it."""
+        return self.data.image.size or (self.model.config or {}).get("image_size")
+
+    @model_validator(mode="after")
+    def _images_fit(self) -> ImageClassificationRecipe:
+        size, own = self.data.image.size, (self.model.config or {}).get("image_size")
+        if size is not None and own is not None and size != own:
+            raise ValueError(
+                f"model.config.image_size: found {own}, and {size} in data.image.size; leave one "
+                "of them out"
+            )
+        mixed = self.objective.mixup or self.objective.cutmix
+        if mixed and self.training.micro_batch % 2:
+            raise ValueError(
+                f"training.micro_batch: found {self.training.micro_batch}; mixup and cutmix mix "
+                "neighbours, so it must be even"
+            )
+        return self
+
+
 class PreferenceRecipe(Recipe):
     data: PairData
     objective: SerializeAsAny[Preference] = DPO()
@@ -200,6 +239,7 @@ RECIPES: dict[str, type[Recipe]] = {
     "language_modeling": LanguageModelingRecipe,
     "chat": ChatRecipe,
     "text_classification": TextClassificationRecipe,
+    "image_classification": ImageClassificationRecipe,
     "preference": PreferenceRecipe,
     "table": TableRecipe,
 }

@@ -212,6 +212,9 @@ def _tiles(c: _Contents) -> Html | None:
         if speeds:
             world = c.provenance.get("world", 1)
             text = f"{c.unit} per second, median{f', {world} ranks' if world > 1 else ''}"
+            waits = [row["waiting"] for row in c.train if is_finite(row.get("waiting"))]
+            if waits:
+                text += f"; {sum(waits) / len(waits):.1%} of the time waiting for data"
             tiles.append(("Speed", label(speeds[len(speeds) // 2]), text))
     cells = [
         el("div", el("span", what), el("b", value), el("span", text),

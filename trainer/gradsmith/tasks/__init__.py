@@ -18,6 +18,7 @@ TASKS = {
     "language_modeling": "language_modeling:LanguageModeling",
     "chat": "language_modeling:Chat",
     "text_classification": "classification:TextClassification",
+    "image_classification": "image_classification:ImageClassification",
     "preference": "preference:Preference",
     "table": "table:Table",
 }

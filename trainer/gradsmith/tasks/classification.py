@@ -23,7 +23,8 @@ BATCH, LISTED = 64, 10
 
 
 class Classification(Task):
-    """Σ weight · cross-entropy; labels target, int64 (B,), and weight, float32 (B,).
+    """Σ weight · cross-entropy; labels target, int64 (B,) or shares of the classes, float32 (B, C),
+    and weight, float32 (B,).
 
     With label smoothing ε, a class's target is 1 - ε + ε/C for its own and ε/C for the others'.
     Metrics are of the classes alone: they know no weights and no smoothing.
@@ -73,8 +74,8 @@ class Classification(Task):
         by_name = {metric.name: metric for metric in CLASSIFICATION_METRICS}
         values = subject.measured[0]["values"]
         note = (
-            f"The {subject.split} split: {values['examples']:,.0f} rows of "
-            f"{len(self.labels)} classes, held out from training. Majority gives every row the "
+            f"The {subject.split} split: {values['examples']:,.0f} {self.unit} of "
+            f"{len(self.labels)} classes, held out from training. Majority gives each the "
             "shares that the classes have "
             "in the training split."
         )

@@ -59,6 +59,7 @@ class Task(ABC):
         models_are: what transformers' are called, for messages.
         for_example: some of them.
         peft_type: peft's word for the task, or None.
+        peft_saves: modules that are trained whole beside an adapter, where peft_type does not say.
         needs_reference: whether the loss compares with what the model says as training begins:
             `reference` is then computed once for each row, and is in every batch's labels.
         needs_statistics: whether the loss needs `statistics` of the whole global batch.
@@ -74,6 +75,7 @@ class Task(ABC):
     models_are: ClassVar[str] = ""
     for_example: ClassVar[str] = ""
     peft_type: ClassVar[str | None] = None
+    peft_saves: ClassVar[tuple[str, ...]] = ()
     needs_reference: bool = False
     needs_statistics: bool = False
     shared: torch.Tensor | None = None
@@ -108,6 +110,11 @@ class Task(ABC):
     def meta_inputs(cls, recipe: Any) -> dict[str, torch.Tensor] | None:
         """Inputs on the meta device that show whether a model's layers fit together."""
         return None
+
+    @classmethod
+    def implied(cls, recipe: Any) -> dict[str, Any]:
+        """What the recipe's other parts decide of the config of a model that is made new."""
+        return {}
 
     def config(self) -> dict[str, Any]:
         """What the data decides of the config of a model that is made new."""

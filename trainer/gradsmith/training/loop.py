@@ -79,7 +79,7 @@ def run(session: Session, stop: stopping.StopRequest, watch: Watch | None = None
     settings, divergence = recipe.training, stopping.Divergence(recipe.training.precision == "fp16")
     minutes = settings.minutes if session.total is None else None
     unit = session.task.unit
-    logged = (session.read, session.seconds)
+    logged = (session.read, session.seconds, session.loader.waited)
     row: dict[str, Any] = {}
     due, crowded = False, True  # a checkpoint is to be written; there may be more than are kept
     with TrainingProgress(
@@ -108,6 +108,7 @@ def run(session: Session, stop: stopping.StopRequest, watch: Watch | None = None
                 crowded = False
             if session.step % settings.log.every == 0 or session.step == session.total:
                 read, seconds = session.read - logged[0], session.seconds - logged[1]
+                waited = session.loader.waited - logged[2]
                 row = {
                     "kind": "train",
                     "step": session.step,
@@ -116,11 +117,12 @@ def run(session: Session, stop: stopping.StopRequest, watch: Watch | None = None
                     "lr": rate,
                     "grad_norm": norm,
                     f"{unit}_per_second": read / seconds,
+                    "waiting": waited / seconds,  # the share of the time, for rows
                     "time": session.seconds,
                 } | ({} if sound else {"skipped": True})
                 _log(folder, row)
                 bar.update(session.step, row)
-                logged = (session.read, session.seconds)
+                logged = (session.read, session.seconds, session.loader.waited)
             if session.held_out is not None and session.step % settings.validate_.every == 0:
                 validation = validate(session)
                 bar.update(session.step, validation)
