@@ -134,7 +134,9 @@ class Preference(CausalTask):
             block("likelier", "The chosen answer is likelier than the rejected one",
                   "share of the pairs"),
         ]  # fmt: skip
-        return Examination(list(measured), blocks=blocks, note=note)
+        order = ("accuracy", "likelier", "margin", "loss")
+        definitions = tuple(shown[name] for name in order)
+        return Examination(list(measured), definitions, blocks, note)
 
     def decode(self, outputs: torch.Tensor) -> list[dict[str, Any]]:
         """Which of the two answers is likelier, and the log-probability of each."""
