@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from ..errors import did_you_mean
 from ..reading import describe
 from .data import Data, RecordSource
 from .node import Node, PositiveFloat, PositiveInt
@@ -16,13 +17,26 @@ Encode = Literal["index", "onehot", "ordinal", "target", "frequency", "hash"]
 Missing = Literal[
     "auto", "drop", "mean", "median", "most_frequent", "constant", "knn", "iterative"
 ]  # fmt: skip
+TOY_TABLES = ("iris", "wine", "breast_cancer", "digits", "diabetes")
 MISSING_VALUES = ["", "NA", "N/A", "#N/A", "NaN", "nan", "null", "NULL", "None"]
 
 
 class TableSource(RecordSource):
     """A table, or several of the same columns."""
 
-    kind: Literal["csv", "jsonl", "parquet", "arrow", "hf_dataset"]  # type: ignore[assignment]
+    kind: Literal[  # type: ignore[assignment]
+        "csv", "jsonl", "parquet", "arrow", "hf_dataset", "sklearn"
+    ]
+
+    @model_validator(mode="after")
+    def _ships(self) -> TableSource:
+        if self.kind == "sklearn" and self.path not in TOY_TABLES:
+            near = did_you_mean(str(self.path), TOY_TABLES)
+            raise ValueError(
+                f"path: found {describe(self.path)}; the tables that ship with scikit-learn are "
+                f"{', '.join(TOY_TABLES)}.{near}"
+            )
+        return self
 
 
 class TableColumns(Node):
