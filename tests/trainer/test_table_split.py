@@ -185,7 +185,7 @@ def test_a_preview_says_what_would_become_of_each_row_and_keeps_nothing(
     made = prepare(asked, log=lambda _: None).manifest
     assert made["ledger"] == manifest["ledger"]
     assert made["splits"] == manifest["splits"]
-    steps = {step: 0 for step in ("read", "clean", "deduplicate", "split", "encode")}
+    steps = dict.fromkeys(("read", "clean", "deduplicate", "split", "encode"), 0)
     for row in manifest["ledger"]:
         if row["what"] == "in":
             steps[row["step"]] += row["documents"]
