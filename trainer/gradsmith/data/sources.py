@@ -15,6 +15,7 @@ from typing import Any
 from ..errors import UserError
 from ..files import file_entry
 from ..recipe import Data, Source
+from . import sql
 from .example import Example, Ledger
 from .files import SUFFIXES, files_of, find
 from .processor import Processor, processor_class
@@ -44,6 +45,8 @@ def check_sources(data: Data, log: Callable[[str], None] | None = None) -> None:
                     log(f"{where}.path: left out, {why}: {names}")
         elif source.kind == "hf_dataset":
             check_dataset(Path(str(source.path)), where)
+        elif source.kind == "sql":
+            sql.check(source, where)
 
 
 def read(data: Data, ledger: Ledger) -> Iterator[Example]:
@@ -101,6 +104,8 @@ def fingerprint(source: Source, where: str) -> dict[str, Any]:
 
     A dataset from the hub has no files here and is identified by its name.
     """
+    if source.kind == "sql":
+        return sql.fingerprint(source, where)
     if source.kind == "python_stdlib":
         root: Path | None = stdlib()
         files = [file for file in modules() if not is_test(file)]

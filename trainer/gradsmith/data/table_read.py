@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 import csv
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 
 from ..errors import UserError, did_you_mean, one_line
 from ..reading import reading
+from . import sql
 from .example import Ledger
 from .files import files_of, lines
 from .readers import kind_of, rows
@@ -69,6 +70,10 @@ def parts(source: Any, where: str, broken: Report) -> Iterator[Part]:
 def _parts(source: Any, where: str, broken: Report) -> Iterator[Part]:
     if source.kind in ("jsonl", "hf_dataset"):
         yield from _records(rows(source, [], where))
+        return
+    if source.kind == "sql":
+        for batch, numbers in _numbered(sql.batches(source, where)):
+            yield Part(sql.name_of(source.url), batch, numbers)
         return
     for file in files_of(source, where):
         if source.kind == "csv":
@@ -259,9 +264,17 @@ def from_rows(some: list[dict[str, Any]], names: list[str]) -> pa.RecordBatch:
     Raises:
         UserError: a cell is a list or an object.
     """
+    return from_columns([[row.get(name) for row in some] for name in names], names)
+
+
+def from_columns(columns: Sequence[Sequence[Any]], names: list[str]) -> pa.RecordBatch:
+    """Columns of Python's values as a batch of cells.
+
+    Raises:
+        UserError: a cell is a list or an object.
+    """
     arrays = []
-    for name in names:
-        values = [row.get(name) for row in some]
+    for name, values in zip(names, columns, strict=True):
         for value in values:
             if isinstance(value, list | dict):
                 raise UserError(
