@@ -152,8 +152,8 @@ def test_what_is_wrong_in_a_csv_is_said(text: str, said: str, tmp_path: Path) ->
 def test_broken_rows_are_skipped_and_counted_where_the_recipe_says_so(tmp_path: Path) -> None:
     text = GOOD.replace("\n9,", "\n9,9,").replace("\n20,", "\ntwenty,") + "1\n"
     (tmp_path / "t.csv").write_text(text)
-    data = make(tmp_path / "run", tmp_path / "t.csv", "y", on_error="skip", columns={"numeric": ["a"]},
-                split={"validation": 0, "test": 0.2})  # fmt: skip
+    more: dict[str, Any] = {"columns": {"numeric": ["a"]}, "split": {"validation": 0, "test": 0.2}}
+    data = make(tmp_path / "run", tmp_path / "t.csv", "y", on_error="skip", **more)
     assert sum(ledger(data, "read", "dropped").values()) == 2
     assert ledger(data, "encode", "dropped") == {"a: no number": 1}
     assert sum(split["documents"] for split in data.manifest["splits"].values()) == 78

@@ -75,12 +75,18 @@ def quickstart(
 
 
 @app.command()
-def prepare(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """Read, clean, split and tokenize the data of a recipe."""
-    from .data.prepare import prepare
+def prepare(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would become of each row; keep nothing.")
+    ] = False,
+) -> None:
+    """Read, clean, split and encode the data of a recipe."""
+    from .data.prepare import prepare, preview
     from .recipe import load_recipe
 
-    prepare(load_recipe(recipe, overrides or ()))
+    (preview if dry_run else prepare)(load_recipe(recipe, overrides or ()))
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,25 @@ def prepare(
     with run.lock():
         run.begin(recipe, fresh)
         return ensure_data(recipe, log=log)
+
+
+def preview(recipe: Recipe, *, log: Callable[[str], None] = print) -> dict[str, Any]:
+    """`gradsmith prepare --dry-run`: all that `prepare` would do, kept nowhere.
+
+    Returns:
+        the manifest that it would write; the ledger's lines are logged.
+
+    Raises:
+        UserError: as `ensure_data`.
+    """
+    check_sources(recipe.data, log)
+    with tempfile.TemporaryDirectory(prefix="gradsmith-") as scratch:
+        manifest = _write(recipe, Path(scratch), log)
+    for row in manifest["ledger"]:
+        tokens = f", {row['tokens']:,} tokens" if row.get("tokens") else ""
+        why = ": ".join(row[key] for key in ("source", "reason") if key in row)
+        log(f"{row['step']} {row['what']} {row['documents']:,}{tokens}{f' ({why})' if why else ''}")
+    return manifest
 
 
 def ensure_data(recipe: Recipe, *, log: Callable[[str], None] = print) -> PreparedData:

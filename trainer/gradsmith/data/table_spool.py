@@ -14,10 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..recipe import TableData, TableRecipe
 from .columns import ColumnWriter, HashedFile
-from .example import Example, Ledger
+from .example import Ledger
 from .split import SPLITS
 from .table_read import Part, check_columns, parts, reporting, texts
 from .table_split import DROPPED, Keys, duplicates, leaks, sides
@@ -68,11 +68,22 @@ class Chunk:
         number = int(self.numbers[row])
         return f"{self.origin}:row {number}" if number else self.origin
 
-    def rows(self, which: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
-        """Rows as mappings."""
-        table = self.batch.select(self.names).take(pa.array(self.keep[np.asarray(which)]))
-        found: list[dict[str, Any]] = table.to_pylist()
-        return found
+    def documents(self, which: np.ndarray) -> bytes:
+        """Rows as `Example.to_json` writes them, a line each."""
+        places = pa.array(self.keep[which])
+        head, parts = '{"fields": {', []
+        for name in self.names:
+            parts += [f"{head}{json.dumps(name, ensure_ascii=False)}: "]
+            parts += [_literals(self.batch.column(name).take(places))]
+            head = ", "
+        origin = json.dumps(f"{self.origin}:row ", ensure_ascii=False)[:-1]
+        numbers = pa.array(self.numbers[which]).cast(pa.string())
+        lines = pc.binary_join_element_wise(*parts, f'}}, "source": {origin}', numbers, '"}\n', "")
+        _, ends, data = lines.buffers()
+        if data is None:
+            return b""
+        first, last = np.frombuffer(ends, np.int32)[[lines.offset, lines.offset + len(lines)]]
+        return bytes(data[first:last])
 
 
 class TableSpool:
@@ -147,8 +158,10 @@ class TableSpool:
                     keep = np.array([row - first])
                     numbers = batch.column(NUMBER).to_numpy()[keep]
                     chunk = Chunk(origin, batch, keep, numbers, self.hashes[:1], False)
-                    cells = json.dumps(chunk.rows([0])[0], ensure_ascii=False)
-                    found[row] = f"{chunk.place(0)} {cells if len(cells) < 300 else cells[:297]}"
+                    fields = json.loads(chunk.documents(np.zeros(1, np.int64)))["fields"]
+                    found[row] = one_line(
+                        f"{chunk.place(0)} {json.dumps(fields, ensure_ascii=False)}"
+                    )
         return [found[row] for row in rows]
 
     def _check_leaks(self, processor: Any, ledger: Ledger) -> None:
@@ -191,9 +204,7 @@ class TableSpool:
             writer.extend(rows)
             documents += len(kept)
             if raw is not None:
-                for place, row in zip(kept.tolist(), chunk.rows(kept), strict=True):
-                    example = Example(chunk.place(place), row)
-                    raw.write((json.dumps(example.to_json(), ensure_ascii=False) + "\n").encode())
+                raw.write(chunk.documents(kept))
         files = writer.close()
         if raw is not None:
             files[raw.path.name] = raw.close()
@@ -300,6 +311,18 @@ class _Writer:
                 whole = pa.chunked_array(chunks, pa.string())
                 columns[key] = pc.if_else(pc.is_in(whole, missing), None, whole)
         return self.origins, Keys(self.features, **hashes, **columns)
+
+
+def _literals(cells: pa.Array) -> pa.Array:
+    """Each cell as JSON has it."""
+    if not pa.types.is_string(cells.type):
+        if pa.types.is_floating(cells.type):
+            cells = pc.if_else(pc.is_finite(cells), cells, None)
+        return pc.coalesce(cells.cast(pa.string()), "null")
+    plain = pc.invert(pc.match_substring_regex(cells, r'["\\\x00-\x1f]'))
+    if pc.all(plain, min_count=0).as_py():
+        return pc.coalesce(pc.binary_join_element_wise('"', cells, '"', ""), "null")
+    return pa.array([json.dumps(cell, ensure_ascii=False) for cell in cells.to_pylist()])
 
 
 def digest(cells: pa.RecordBatch, names: Sequence[str]) -> np.ndarray:
