@@ -15,7 +15,7 @@ from typing import Any
 from ..errors import UserError
 from ..files import file_entry
 from ..recipe import Data, Source
-from . import sql
+from . import excel, sql
 from .example import Example, Ledger
 from .files import SUFFIXES, files_of, find
 from .processor import Processor, processor_class
@@ -36,6 +36,8 @@ def check_sources(data: Data, log: Callable[[str], None] | None = None) -> None:
     for number, source in enumerate(data.sources):
         where = f"data.sources.{number}"
         processor_class(data.task).check_source(source, where)
+        if source.kind == "excel":
+            excel.check(where)
         if source.kind in SUFFIXES:
             _, *left_out = find(source, where)
             whys = ("since gradsmith wrote it", "since links to folders are not followed")

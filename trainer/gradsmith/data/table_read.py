@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from ..errors import UserError, did_you_mean, one_line
 from ..reading import reading
-from . import sql
+from . import excel, sql
 from .example import Ledger
 from .files import files_of, lines
 from .readers import kind_of, rows
@@ -78,6 +78,8 @@ def _parts(source: Any, where: str, broken: Report) -> Iterator[Part]:
     for file in files_of(source, where):
         if source.kind == "csv":
             batches = _csv(file, source, broken)
+        elif source.kind == "excel":
+            batches = _numbered(_excel(file, source, where))
         else:
             batches = _numbered(_columnar(file, source.kind))
         for batch, numbers in batches:
@@ -217,6 +219,12 @@ def _check_quotes(file: Path, delimiter: str) -> None:
             started = reader.line_num
     except csv.Error as error:
         raise UserError(f"{file}:{started + 1}: not readable as CSV: {error}") from None
+
+
+def _excel(file: Path, source: Any, where: str) -> Iterator[pa.RecordBatch]:
+    for names, columns in excel.batches(file, source.sheet, where):
+        _check_names(names, f"{file}:row 1")
+        yield from_columns(columns, names)
 
 
 def _columnar(file: Path, kind: str) -> Iterator[pa.RecordBatch]:

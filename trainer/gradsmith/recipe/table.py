@@ -26,13 +26,16 @@ class TableSource(RecordSource):
 
     without_path = ("sql",)
 
-    kind: Literal["csv", "jsonl", "parquet", "arrow", "sql", "hf_dataset"]  # type: ignore[assignment]
+    kind: Literal[  # type: ignore[assignment]
+        "csv", "jsonl", "parquet", "arrow", "excel", "sql", "hf_dataset"
+    ]
     url: str | None = Field(
         None,
         description="sql: sqlite:///FILE, duckdb:///FILE or postgresql://USER@HOST/DATABASE; "
         "$NAME is taken from the environment each time it is read",
     )
     query: str | None = Field(None, description="sql: what to read: one SELECT")
+    sheet: str | None = Field(None, description="excel: which sheet; default: the first")
 
     @model_validator(mode="after")
     def _database(self) -> TableSource:
@@ -40,6 +43,8 @@ class TableSource(RecordSource):
             if (getattr(self, key) is not None) != (self.kind == "sql"):
                 told = "needs" if self.kind == "sql" else "does not go with"
                 raise ValueError(f"kind {self.kind} {told} {'a ' * (told == 'needs')}{key}")
+        if self.sheet is not None and self.kind != "excel":
+            raise ValueError(f"sheet goes with kind excel; the kind is {self.kind}")
         if self.url is not None:
             check_url(self.url)
         return self
