@@ -22,6 +22,7 @@ SUFFIXES = {
     "csv": (".csv", ".tsv"),
     "parquet": (".parquet",),
     "arrow": (".arrow", ".feather"),
+    "excel": (".xlsx", ".xlsm"),
 }
 
 

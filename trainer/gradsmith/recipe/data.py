@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -14,6 +14,8 @@ RecordKind = Literal["jsonl", "csv", "parquet", "hf_dataset"]
 class Source(Node):
     """Where examples come from: what the sources of all tasks have."""
 
+    without_path: ClassVar[tuple[str, ...]] = ("python_stdlib",)  # kinds
+
     kind: str
     path: PathText | None = Field(
         None, description="file, folder or glob; for hf_dataset a hub name or a local folder"
@@ -23,9 +25,9 @@ class Source(Node):
 
     @model_validator(mode="after")
     def _path_given(self) -> Source:
-        if self.kind == "python_stdlib":
+        if self.kind in self.without_path:
             if self.path is not None:
-                raise ValueError("path does not go with kind python_stdlib; leave it out")
+                raise ValueError(f"path does not go with kind {self.kind}; leave it out")
         elif self.path is None:
             raise ValueError(f"kind {self.kind} needs a path")
         return self
