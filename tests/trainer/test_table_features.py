@@ -171,8 +171,12 @@ def test_the_features_that_say_most_are_kept(source: Path, tmp_path: Path) -> No
     scores = feature_selection.mutual_info_regression(
         values, target, discrete_features=discrete, random_state=0
     )
-    best = np.argsort(-scores)[:2]
-    assert set(found.manifest["numbers"]) == {whole.manifest["numbers"][i] for i in best}
+    stored = json.loads((found.folder / "processor" / "processor.json").read_text())
+    ours = stored["stages"][0]["scores"]
+    assert list(ours.values()) == pytest.approx(scores, abs=0.03)
+    assert list(ours) == whole.manifest["numbers"]
+    best = sorted(ours, key=lambda name: -ours[name])[:2]
+    assert set(found.manifest["numbers"]) == set(best)
     assert "age" in found.manifest["numbers"]
     select = {"by": "variance", "above": 0.1}
     kept = make(tmp_path / "c", source, "spent", columns=columns,

@@ -28,6 +28,7 @@ SUFFIXES = {
         for name in ("png", "jpg", "jpeg", "webp", "bmp", "gif")
         for case in (str.lower, str.upper)
     ),
+    "excel": (".xlsx", ".xlsm"),
 }
 
 

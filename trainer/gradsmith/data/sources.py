@@ -15,6 +15,7 @@ from typing import Any
 from ..errors import UserError
 from ..files import file_entry
 from ..recipe import Data, Source
+from . import excel, sql
 from .example import Example, Ledger
 from .files import SUFFIXES, files_of, find
 from .pictures import KINDS, digits_file, pictures
@@ -36,6 +37,8 @@ def check_sources(data: Data, log: Callable[[str], None] | None = None) -> None:
     for number, source in enumerate(data.sources):
         where = f"data.sources.{number}"
         processor_class(data.task).check_source(source, where)
+        if source.kind == "excel":
+            excel.check(where)
         if source.kind in SUFFIXES:
             _, *left_out = find(source, where)
             whys = ("since gradsmith wrote it", "since links to folders are not followed")
@@ -45,6 +48,8 @@ def check_sources(data: Data, log: Callable[[str], None] | None = None) -> None:
                     log(f"{where}.path: left out, {why}: {names}")
         elif source.kind == "hf_dataset":
             check_dataset(Path(str(source.path)), where)
+        elif source.kind == "sql":
+            sql.check(source, where)
 
 
 def read(data: Data, ledger: Ledger) -> Iterator[Example]:
@@ -114,8 +119,11 @@ def _name(source: Source) -> str:
 def fingerprint(source: Source, where: str) -> dict[str, Any]:
     """What identifies a source's content: its files' names, sizes and SHA-256 as one hash.
 
-    A dataset from the hub has no files here and is identified by its name.
+    A dataset from the hub, or one that ships with scikit-learn, has no files here and is identified
+    by its name.
     """
+    if source.kind == "sql":
+        return sql.fingerprint(source, where)
     if source.kind == "python_stdlib":
         root: Path | None = stdlib()
         files = [file for file in modules() if not is_test(file)]
@@ -125,6 +133,8 @@ def fingerprint(source: Source, where: str) -> dict[str, Any]:
         assert source.path is not None
         root = Path(source.path)
         files = sorted(f for f in root.rglob("*") if f.is_file()) if root.is_dir() else []
+    elif source.kind == "sklearn":
+        root, files = None, []
     else:
         root, files = None, files_of(source, where)
     whole, size = hashlib.sha256(), 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 import csv
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 
 from ..errors import UserError, did_you_mean, one_line
 from ..reading import reading
+from . import excel, sql
 from .example import Ledger
 from .files import files_of, lines
 from .readers import kind_of, rows
@@ -70,9 +71,19 @@ def _parts(source: Any, where: str, broken: Report) -> Iterator[Part]:
     if source.kind in ("jsonl", "hf_dataset"):
         yield from _records(rows(source, [], where))
         return
+    if source.kind == "sql":
+        for batch, numbers in _numbered(sql.batches(source, where)):
+            yield Part(sql.name_of(source.url), batch, numbers)
+        return
+    if source.kind == "sklearn":
+        for batch, numbers in _numbered(_toy(source.path, where).to_batches()):
+            yield Part(f"sklearn {source.path}", batch, numbers)
+        return
     for file in files_of(source, where):
         if source.kind == "csv":
             batches = _csv(file, source, broken)
+        elif source.kind == "excel":
+            batches = _numbered(_excel(file, source, where))
         else:
             batches = _numbered(_columnar(file, source.kind))
         for batch, numbers in batches:
@@ -214,6 +225,12 @@ def _check_quotes(file: Path, delimiter: str) -> None:
         raise UserError(f"{file}:{started + 1}: not readable as CSV: {error}") from None
 
 
+def _excel(file: Path, source: Any, where: str) -> Iterator[pa.RecordBatch]:
+    for names, columns in excel.batches(file, source.sheet, where):
+        _check_names(names, f"{file}:row 1")
+        yield from_columns(columns, names)
+
+
 def _columnar(file: Path, kind: str) -> Iterator[pa.RecordBatch]:
     import pyarrow.parquet
 
@@ -232,6 +249,22 @@ def _columnar(file: Path, kind: str) -> Iterator[pa.RecordBatch]:
                 return
             for number in range(table.num_record_batches):
                 yield table.get_batch(number)
+
+
+def _toy(name: str, where: str) -> pa.Table:
+    """One of the tables that ship with scikit-learn; what it predicts is the column `target`."""
+    try:
+        import sklearn.datasets
+    except ImportError:
+        raise UserError(
+            f"{where}.kind: sklearn needs scikit-learn: pip install 'gradsmith[table]'"
+        ) from None
+    found = getattr(sklearn.datasets, f"load_{name}")()
+    columns = {str(n): found.data[:, i] for i, n in enumerate(found.feature_names)}
+    target = found.target
+    if "target_names" in found:
+        target = np.array([str(label) for label in found.target_names])[target]
+    return pa.table({**columns, "target": target})
 
 
 def _records(found: Iterator[tuple[dict[str, Any], str]]) -> Iterator[Part]:
@@ -259,9 +292,17 @@ def from_rows(some: list[dict[str, Any]], names: list[str]) -> pa.RecordBatch:
     Raises:
         UserError: a cell is a list or an object.
     """
+    return from_columns([[row.get(name) for row in some] for name in names], names)
+
+
+def from_columns(columns: Sequence[Sequence[Any]], names: list[str]) -> pa.RecordBatch:
+    """Columns of Python's values as a batch of cells.
+
+    Raises:
+        UserError: a cell is a list or an object.
+    """
     arrays = []
-    for name in names:
-        values = [row.get(name) for row in some]
+    for name, values in zip(names, columns, strict=True):
         for value in values:
             if isinstance(value, list | dict):
                 raise UserError(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from .node import Fraction, Node, PathText, PositiveInt
 
-INSTALLED = ("python_stdlib", "digits")  # sources that come with what is installed
 Channels = Annotated[
     list[Annotated[float, Field(allow_inf_nan=False)]], Field(min_length=3, max_length=3)
 ]
@@ -17,6 +16,8 @@ RecordKind = Literal["jsonl", "csv", "parquet", "hf_dataset"]
 
 class Source(Node):
     """Where examples come from: what the sources of all tasks have."""
+
+    without_path: ClassVar[tuple[str, ...]] = ("python_stdlib", "digits")  # kinds
 
     kind: str
     path: PathText | None = Field(
@@ -27,7 +28,7 @@ class Source(Node):
 
     @model_validator(mode="after")
     def _path_given(self) -> Source:
-        if self.kind in INSTALLED:
+        if self.kind in self.without_path:
             if self.path is not None:
                 raise ValueError(f"path does not go with kind {self.kind}; leave it out")
         elif self.path is None:

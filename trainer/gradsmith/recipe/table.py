@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
+from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
+from ..errors import did_you_mean
 from ..reading import describe
 from .data import Data, RecordSource
 from .node import Node, PositiveFloat, PositiveInt
@@ -16,13 +19,75 @@ Encode = Literal["index", "onehot", "ordinal", "target", "frequency", "hash"]
 Missing = Literal[
     "auto", "drop", "mean", "median", "most_frequent", "constant", "knn", "iterative"
 ]  # fmt: skip
+TOY_TABLES = ("iris", "wine", "breast_cancer", "digits", "diabetes")
 MISSING_VALUES = ["", "NA", "N/A", "#N/A", "NaN", "nan", "null", "NULL", "None"]
 
 
 class TableSource(RecordSource):
     """A table, or several of the same columns."""
 
-    kind: Literal["csv", "jsonl", "parquet", "arrow", "hf_dataset"]  # type: ignore[assignment]
+    without_path = ("sql",)
+
+    kind: Literal[  # type: ignore[assignment]
+        "csv", "jsonl", "parquet", "arrow", "excel", "sql", "hf_dataset", "sklearn"
+    ]
+    url: str | None = Field(
+        None,
+        description="sql: sqlite:///FILE, duckdb:///FILE or postgresql://USER@HOST/DATABASE; "
+        "$NAME is taken from the environment each time it is read",
+    )
+    query: str | None = Field(None, description="sql: what to read: one SELECT")
+    sheet: str | None = Field(None, description="excel: which sheet; default: the first")
+
+    @model_validator(mode="after")
+    def _database(self) -> TableSource:
+        for key in ("url", "query"):
+            if (getattr(self, key) is not None) != (self.kind == "sql"):
+                told = "needs" if self.kind == "sql" else "does not go with"
+                raise ValueError(f"kind {self.kind} {told} {'a ' * (told == 'needs')}{key}")
+        if self.sheet is not None and self.kind != "excel":
+            raise ValueError(f"sheet goes with kind excel; the kind is {self.kind}")
+        if self.url is not None:
+            check_url(self.url)
+        return self
+
+    @model_validator(mode="after")
+    def _ships(self) -> TableSource:
+        if self.kind == "sklearn" and self.path not in TOY_TABLES:
+            near = did_you_mean(str(self.path), TOY_TABLES)
+            raise ValueError(
+                f"path: found {describe(self.path)}; the tables that ship with scikit-learn are "
+                f"{', '.join(TOY_TABLES)}.{near}"
+            )
+        return self
+
+
+SCHEMES = ("sqlite", "duckdb", "postgresql")
+
+
+def check_url(url: str) -> None:
+    """
+    Raises:
+        ValueError: of no database that can be read, or it holds a password, which would be in the
+            run's folder for whoever reads it. No message repeats one.
+    """
+    try:
+        parts = urlsplit(url)
+        password = parts.password
+    except ValueError:
+        raise ValueError("url: not readable as one") from None
+    if parts.scheme not in SCHEMES:
+        raise ValueError(
+            f"url: found the scheme {parts.scheme or 'none'}; allowed are "
+            f"{', '.join(f'{scheme}://' for scheme in SCHEMES)}"
+        )
+    asked = [password] if password else []
+    asked += [value for key, value in parse_qsl(parts.query) if key in ("password", "passfile")]
+    if any(not re.fullmatch(r"\$(\w+|\{\w+\})", value) for value in asked):
+        raise ValueError(
+            "url: holds a password, which would be kept in the run's folder; write $NAME there and "
+            "set NAME in the environment, or leave it out and set PGPASSWORD"
+        )
 
 
 class TableColumns(Node):
