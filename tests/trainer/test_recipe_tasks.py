@@ -44,8 +44,16 @@ PAIRS: dict[str, Any] = {
     "model": {"from": "base"},
     "training": {"steps": 3},
 }
+IMAGES: dict[str, Any] = {
+    "name": "t",
+    "output": "runs/t",
+    "data": {"task": "image_classification", "sources": [{"kind": "digits"}]},
+    "objective": {"augment": {"crop": [0.3, 1.0], "randaugment": {}}, "mixup": 0.2},
+    "model": {"architecture": "vit"},
+    "training": {"epochs": 1},
+}
 TREES = {"language_modeling": GOOD, "chat": CHAT, "text_classification": CLASSES,
-         "preference": PAIRS}  # fmt: skip
+         "image_classification": IMAGES, "preference": PAIRS}  # fmt: skip
 
 
 def changed(tree: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
