@@ -386,7 +386,7 @@ class Images:
             return pixels, target
         shares = torch.nn.functional.one_hot(target, len(self.processor.labels)).float()
         if len(asked) == 1:
-            return asked[0](pixels, shares, seed=seed, places=draws)  # type: ignore[no-any-return]
+            return asked[0](pixels, shares, seed=seed, places=draws)
         # Of both, each pair gets one: as its place says.
         which = (uniform_numbers(draws // np.uint64(2), seed, MIXED, 1)[:, 0] < 0.5).astype(int)
         for number, mix in enumerate(asked):
