@@ -241,11 +241,16 @@ class ImageProcessor(Processor):
         sight = sight_of(recipe)
         log(f"images: {sight.size} x {sight.size} pixels")
         counts: Counter[str] = Counter()  # of those that can be decoded: no others are trained on
-        stream = iter(examples())
+        stream, first = iter(examples()), ""
         while chunk := list(islice(stream, CHUNK)):
             for example, pixels in zip(chunk, _decoded(chunk, sight), strict=True):
-                counts[example.fields["label"]] += not isinstance(pixels, Unreadable)
-        return cls(sight, classes_of(+counts, log), recipe)
+                if isinstance(pixels, Unreadable):
+                    first = first or f"{example.source}: {pixels}"
+                else:
+                    counts[example.fields["label"]] += 1
+        if not counts and first:
+            raise UserError(f"data.sources: not one picture can be decoded; {first}")
+        return cls(sight, classes_of(counts, log), recipe)
 
     def encode(self, examples: Sequence[Example], ledger: Ledger) -> list[Row | Dropped]:
         rows: list[Row | Dropped] = []
