@@ -199,6 +199,16 @@ def test_what_cannot_be_decoded_is_listed_or_refused(tmp_path: Path) -> None:
         prepared(tmp_path, sources, **refuse)
 
 
+def test_a_folder_without_one_good_picture_is_refused(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        (tmp_path / "photos" / name / "1.png").write_bytes(name.encode())
+    sources = [{"kind": "image_folder", "path": str(tmp_path / "photos")}]
+    everything = {"data.split": {"validation": 0, "test": 0}}
+    with pytest.raises(UserError, match=r"not one picture can be decoded; .*1\.png: not a picture"):
+        prepared(tmp_path, sources, **everything)
+
+
 def add(archive: tarfile.TarFile, name: str, data: bytes = b"", **more: Any) -> None:
     member = tarfile.TarInfo(name)
     member.size = len(data)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from test_packing import PAD, build
 
 from gradsmith.data.loader import Loader, evaluation_batches, permutation
 from gradsmith.data.packing import IGNORED, Sequences
+from gradsmith.data.processor import Batch
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +106,55 @@ def test_evaluation_covers_each_row_once_in_batches_of_one_number(sequences, wor
     assert chosen[-1] + len(sequences) // count >= len(sequences) - 1
     expected = [sequences[k].input_ids.tolist() for k in chosen]
     assert sorted(found) == sorted(expected)
+
+
+class Slow:
+    """Rows that take a while to make, and one that cannot be made."""
+
+    reference = None
+
+    def __init__(self, bad=None):
+        self.items, self.lengths = np.ones(12), np.ones(12, np.int64)
+        self.bad, self.made = bad, []
+
+    def __len__(self):
+        return 12
+
+    def batch(self, rows, draws=None):
+        time.sleep(0.05)
+        if self.bad is not None and self.bad in draws:
+            raise OSError("the disk is gone")
+        self.made.append(draws.tolist())
+        return Batch({"x": torch.from_numpy(np.asarray(rows))}, {})
+
+
+def test_the_next_batches_are_made_while_the_model_works():
+    dataset = Slow()
+    loader = Loader(dataset, seed=1, global_batch=4)
+    waits = []
+    for step in range(4):
+        for batch in loader.micro_batches(step, rank=0, world=1, micro_batch=2):
+            assert len(batch.inputs["x"]) == 2
+            waits.append(loader.waited - sum(waits))
+            time.sleep(0.08)  # the model
+    assert waits[0] >= 0.045
+    assert sum(waits[1:]) < 0.5 * sum(waits)
+    assert dataset.made[:8] == [[k, k + 1] for k in range(0, 16, 2)]  # in order, each once
+
+
+def test_a_step_may_be_gone_over_twice():
+    """As a loss that needs a statistic of the whole global batch does."""
+    loader = Loader(Slow(), seed=1, global_batch=4)
+    passes = []
+    for _ in range(2):
+        batches = loader.micro_batches(2, rank=0, world=1, micro_batch=2)
+        passes.append([batch.inputs["x"].tolist() for batch in batches])
+    assert passes[0] == passes[1]
+    assert [row for rows in passes[0] for row in rows] == loader.indices(2).tolist()
+
+
+def test_what_fails_in_the_other_thread_fails_in_the_step():
+    loader = Loader(Slow(bad=6), seed=1, global_batch=4)
+    assert len(list(loader.micro_batches(0, rank=0, world=1, micro_batch=2))) == 2
+    with pytest.raises(OSError, match="the disk is gone"):
+        list(loader.micro_batches(1, rank=0, world=1, micro_batch=2))

@@ -51,8 +51,16 @@ TABLE: dict[str, Any] = {
     "model": {"architecture": "mlp"},
     "training": {"epochs": 1},
 }
+IMAGES: dict[str, Any] = {
+    "name": "t",
+    "output": "runs/t",
+    "data": {"task": "image_classification", "sources": [{"kind": "digits"}]},
+    "objective": {"augment": {"crop": [0.3, 1.0], "randaugment": {}}, "mixup": 0.2},
+    "model": {"architecture": "vit"},
+    "training": {"epochs": 1},
+}
 TREES = {"language_modeling": GOOD, "chat": CHAT, "text_classification": CLASSES,
-         "preference": PAIRS, "table": TABLE}  # fmt: skip
+         "image_classification": IMAGES, "preference": PAIRS, "table": TABLE}  # fmt: skip
 
 
 def changed(tree: dict[str, Any], key: str, value: Any) -> dict[str, Any]:

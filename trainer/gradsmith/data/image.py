@@ -241,11 +241,16 @@ class ImageProcessor(Processor):
         sight = sight_of(recipe)
         log(f"images: {sight.size} x {sight.size} pixels")
         counts: Counter[str] = Counter()  # of those that can be decoded: no others are trained on
-        stream = iter(examples())
+        stream, first = iter(examples()), ""
         while chunk := list(islice(stream, CHUNK)):
             for example, pixels in zip(chunk, _decoded(chunk, sight), strict=True):
-                counts[example.fields["label"]] += not isinstance(pixels, Unreadable)
-        return cls(sight, classes_of(+counts, log), recipe)
+                if isinstance(pixels, Unreadable):
+                    first = first or f"{example.source}: {pixels}"
+                else:
+                    counts[example.fields["label"]] += 1
+        if not counts and first:
+            raise UserError(f"data.sources: not one picture can be decoded; {first}")
+        return cls(sight, classes_of(counts, log), recipe)
 
     def encode(self, examples: Sequence[Example], ledger: Ledger) -> list[Row | Dropped]:
         rows: list[Row | Dropped] = []
@@ -386,7 +391,7 @@ class Images:
             return pixels, target
         shares = torch.nn.functional.one_hot(target, len(self.processor.labels)).float()
         if len(asked) == 1:
-            return asked[0](pixels, shares, seed=seed, places=draws)  # type: ignore[no-any-return]
+            return asked[0](pixels, shares, seed=seed, places=draws)
         # Of both, each pair gets one: as its place says.
         which = (uniform_numbers(draws // np.uint64(2), seed, MIXED, 1)[:, 0] < 0.5).astype(int)
         for number, mix in enumerate(asked):

@@ -19,7 +19,7 @@ from ..run import Run
 from ..tasks import make_task
 from ..tasks.task import Task
 from .base import Model, adapter_base, base_of, open_model
-from .config import auto_class, config_of, lora_config
+from .config import auto_class, config_of, freeze_base, lora_config
 from .folder import check_weights, check_whole_model, is_adapter, load_config
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ def build_model(recipe: Recipe, task: Task, checkpoint: Path | None = None) -> t
     elif weights is not None or recipe.model.from_ is not None:
         model = _load(Model(str(weights)) if weights else base_of(run, recipe), task, dtype)
         task.check_model(model)
+        if recipe.model.train == "head":
+            freeze_base(model)
     else:
         model = _from_config(recipe, task, dtype)
     if recipe.training.activation_checkpointing:
@@ -129,16 +131,26 @@ def _load(
         else:
             hub_name(folder, key, "a model")
     config = load_config(model, key)
-    for name, value in (task.head() if isinstance(task, Task) else {}).items():
+    head = task.head() if isinstance(task, Task) else {}
+    for name, value in head.items():
         setattr(config, name, value)
     with reading(f"{key}: {folder}", "no model can be read there"):
-        loaded: PreTrainedModel = auto_class(task).from_pretrained(
+        loaded: PreTrainedModel
+        loaded, info = auto_class(task).from_pretrained(
             **place(folder, model.revision),
             config=config,
             dtype=dtype or "auto",
             use_safetensors=True,
             trust_remote_code=False,
+            ignore_mismatched_sizes=bool(head),
+            output_loading_info=True,
         )
+    for name, found, wanted in info["mismatched_keys"]:  # a head for other classes is made new
+        if name.startswith(f"{loaded.base_model_prefix}."):
+            raise UserError(
+                f"{key}: {folder}: {name} is {tuple(found)}, where its config.json says "
+                f"{tuple(wanted)}"
+            )
     forget_quantization(loaded)
     return loaded
 

@@ -56,6 +56,8 @@ def describe_model(recipe: Recipe, fresh: bool = True) -> Any:
         model = _on_meta(config, task, where)
         if recipe.model.adapter is not None:
             model = _with_adapter(model, recipe, task)
+        elif recipe.model.train == "head":
+            freeze_base(model)
         inputs = task.meta_inputs(recipe)
         if inputs is None:
             return model
@@ -247,6 +249,18 @@ def _with_adapter(model: Any, recipe: Recipe, task: type[Task]) -> Any:
         return get_peft_model(model, lora_config(recipe, task))
     except Exception as error:
         raise UserError(f"model.adapter.target: {_told(error)}") from None
+
+
+def freeze_base(model: Any) -> None:
+    """Leaves what is above a transformers model's base to be trained: a linear probe.
+
+    Raises:
+        UserError: nothing is above it, or that is the base's own weights.
+    """
+    for parameter in model.base_model.parameters():
+        parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError("model.train: head: this model has no weights of its own above its base")
 
 
 def _told(error: Exception) -> str:

@@ -116,7 +116,13 @@ def _reload(task: Task, folder: Path) -> torch.nn.Module:
 
         config = read_json(folder / "adapter_config.json", AdapterConfig)
         base, revision = config["base_model_name_or_path"], config["revision"] or "main"
-        model = auto.from_pretrained(base, revision=revision, dtype="auto", **task.head())
+        model = auto.from_pretrained(
+            base,
+            revision=revision,
+            dtype="auto",
+            **task.head(),
+            ignore_mismatched_sizes=True,  # of the head, which the adapter's folder has
+        )
         return PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False)
     loaded: torch.nn.Module = auto.from_pretrained(folder, dtype="auto")
     return loaded

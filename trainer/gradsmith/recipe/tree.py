@@ -78,6 +78,9 @@ class Model(Node):
         description="a run, a folder or hub name with safetensors weights, or a GGUF file",
     )
     adapter: Adapter | None = None
+    train: Literal["all", "head"] = Field(
+        "all", description="what of from is trained where there is no adapter"
+    )
     kernels: bool = Field(True, description="gradsmith's kernels under the model, or stock")
 
     @model_validator(mode="after")
@@ -88,6 +91,10 @@ class Model(Node):
             raise ValueError("config goes with architecture; a model taken from brings its own")
         if self.adapter is not None and self.from_ is None:
             raise ValueError("an adapter needs a trained base: set from instead of architecture")
+        if self.train == "head" and (self.from_ is None or self.adapter is not None):
+            raise ValueError(
+                "train: head trains a new head on a frozen model: it needs from, and no adapter"
+            )
         _check_plain(self.config, "config")
         return self
 

@@ -36,7 +36,14 @@ class Classification(Task):
         for metric in CLASSIFICATION_METRICS
         if metric.name in ("loss", "accuracy", "f1_macro", "calibration_error")
     )
-    shown = ("accuracy", "f1_macro", "balanced_accuracy", "roc_auc", "loss", "calibration_error")
+    shown: tuple[str, ...] = (
+        "accuracy",
+        "f1_macro",
+        "balanced_accuracy",
+        "roc_auc",
+        "loss",
+        "calibration_error",
+    )
 
     processor: Any
 
