@@ -328,3 +328,17 @@ def test_a_request_without_a_column_is_refused(source: Path, tmp_path: Path) -> 
     del fields["income"]
     with pytest.raises(UserError, match='request: no column "income"'):
         processor.encode([Example("request", fields)], Ledger())
+
+
+def test_any_number_of_threads_gives_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(5):
+        write_csv(tmp_path / f"part-{number}.csv", people(80, seed=number))
+    target, asked = settings_of(EVERYTHING[0])
+    found = set()
+    for cores in (1, 4):
+        monkeypatch.setattr("os.sched_getaffinity", lambda _, n=cores: set(range(n)))
+        data = make(tmp_path / f"run-{cores}", tmp_path / "part-*.csv", target, **asked)
+        found.add((data.fingerprint, json.dumps(data.manifest["ledger"])))
+    assert len(found) == 1
