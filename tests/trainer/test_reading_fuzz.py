@@ -48,6 +48,26 @@ PAIRS = CLASSES | {
              "sources": [{"kind": "jsonl", "path": "a", "chosen": "b"}]},
     "objective": {"name": "kto", "beta": 0.1, "desirable_weight": 1},
 }  # fmt: skip
+TABLE = RECIPE | {
+    "data": {"task": "table", "sources": [{"kind": "csv", "path": "a.csv", "delimiter": ";"}],
+             "target": "y", "group": "g", "columns": {"drop": ["a"], "thousands": ","},
+             "clean": {"missing": "constant", "fill": {"b": 1}, "keys": ["b"],
+                       "outliers": {"method": "mad", "action": "flag", "threshold": 3}},
+             "features": {"scale": "robust", "encoders": {"c": "hash"}, "pca": 3,
+                          "interactions": [["a", "b"]], "select": {"keep": 4}},
+             "split": {"validation": 0.2, "test": 100, "by": "group"}},
+    "objective": {"loss": "quantile", "quantiles": [0.1, 0.5]},
+    "model": {"architecture": "mlp", "config": {"hidden_sizes": [8]}},
+}  # fmt: skip
+IMAGES = RECIPE | {
+    "data": {"task": "image_classification", "sources": [{"kind": "tar", "path": "a.tar"}],
+             "image": {"size": 8, "mean": [0.5, 0.5, 0.5], "on_error": "refuse"}},
+    "objective": {"augment": {"crop": [0.3, 1.0], "flip": 0.5, "color_jitter": {"hue": 0.1},
+                              "randaugment": {"layers": 1}, "erase": 0.1}, "mixup": 0.2},
+    "model": {"architecture": "vit", "config": {"hidden_size": 32}},
+}  # fmt: skip
+for tree in (TABLE, IMAGES):
+    del tree["evaluation"]
 FILE = {"bytes": 1, "sha256": "0"}
 SPLIT = {"documents": 1, "tokens": 2, "target_tokens": 1, "bytes": 3, "eos_targets": 1,
          "files": {"tokens.bin": FILE}}  # fmt: skip
@@ -159,6 +179,8 @@ READERS: dict[str, tuple[str, st.SearchStrategy[bytes], Callable[[Path], object]
     "recipe": ("r.yaml", texts(RECIPE, as_yaml), lambda f: load_recipe(f / "r.yaml")),
     "recipe of classes": ("r.yaml", texts(CLASSES, as_yaml), lambda f: load_recipe(f / "r.yaml")),
     "recipe of pairs": ("r.yaml", texts(PAIRS, as_yaml), lambda f: load_recipe(f / "r.yaml")),
+    "recipe of tables": ("r.yaml", texts(TABLE, as_yaml), lambda f: load_recipe(f / "r.yaml")),
+    "recipe of images": ("r.yaml", texts(IMAGES, as_yaml), lambda f: load_recipe(f / "r.yaml")),
     "override": (
         "override",
         st.builds(

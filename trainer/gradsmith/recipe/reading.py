@@ -186,11 +186,16 @@ def _names_of(*nodes: type[Node]) -> list[str]:
 
 
 def _literal_options(loc: Sequence[Any], tree: Any) -> list[Any]:
-    names = [part for part in loc if isinstance(part, str)]
-    node = _node_at(loc[:-1], tree)
-    if issubclass(node, Variant) and names[-1] == "name":
+    depth = next(  # below a field of plain values there are keys that the user chose
+        depth
+        for depth, part in enumerate(loc)
+        if isinstance(part, str)
+        and (field := _field(_node_at(loc[:depth], tree), part))
+        and not any(_nodes_of(field.annotation))
+    )
+    node = _node_at(loc[:depth], tree)
+    if issubclass(node, Variant) and loc[depth] == "name":
         return list(node.variants())
-    field = _field(node, names[-1])
 
     def options(annotation: Any) -> list[Any]:
         arguments = get_args(annotation)
@@ -198,7 +203,7 @@ def _literal_options(loc: Sequence[Any], tree: Any) -> list[Any]:
             return list(arguments)
         return [option for argument in arguments for option in options(argument)]
 
-    return options(field.annotation)
+    return options(_field(node, loc[depth]).annotation)
 
 
 def recipe_schema() -> dict[str, Any]:
