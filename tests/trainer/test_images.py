@@ -151,7 +151,7 @@ def test_a_bomb_is_refused_before_it_is_unpacked() -> None:
 def test_a_picture_out_of_proportion_is_refused() -> None:
     with pytest.raises(Unreadable, match="300 x 1"):
         decode(file_of(PIL.Image.new("L", (300, 1))))
-    with pytest.raises(Unreadable, match="the size 8"):
+    with pytest.raises(Unreadable, match=r"or data\.image\.size"):
         decode(file_of(PIL.Image.new("L", (1700, 1600))), smallest=8)
 
 
@@ -342,6 +342,29 @@ def test_small_pictures_are_stored_as_pixels_and_photographs_as_files(tmp_path: 
     assert row["shape"].tolist() == [0, 0]
     assert row["file"].tobytes() == file
     assert isinstance(encoded(one, file, "never seen"), Dropped)
+
+
+def test_photographs_are_decoded_as_they_are_read(tmp_path: Path) -> None:
+    """Stored as files; what the batch has is what decoding and the plain chain make of each."""
+    files = []
+    for name in "ab":
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(4):
+            picture = PIL.Image.fromarray(noise(12, 16, number)).resize((320, 240))
+            files.append(file_of(picture.rotate(ord(name)), "JPEG"))
+            (tmp_path / "photos" / name / f"{number}.jpg").write_bytes(files[-1])
+    everything = {"data.split": {"validation": 0, "test": 0}}
+    sources = [{"kind": "image_folder", "path": str(tmp_path / "photos")}]
+    recipe = parse_recipe(tree(tmp_path, sources, **everything))
+    data = prepare(recipe, log=lambda _: None)
+    split, one = data.split("train"), data.processor(recipe)
+    assert not np.asarray(split.shape).any()
+    found = one.dataset(split).batch(range(8)).inputs["pixel_values"]
+    expected = one.plain([decode(file) for file in files], seed=0)
+    assert torch.equal(found, expected)
+    draws = np.arange(8, dtype=np.uint64)
+    found = one.dataset(split, augment=True).batch(np.arange(8), draws).inputs["pixel_values"]
+    assert torch.isfinite(found).all()
 
 
 def test_what_a_model_was_trained_with_is_taken_over(tmp_path: Path) -> None:

@@ -43,12 +43,12 @@ def check_pillow(where: str) -> None:
         ) from None
 
 
-def decode(data: bytes, smallest: int = 1) -> np.ndarray:
+def decode(data: bytes, smallest: int | None = None) -> np.ndarray:
     """The whole picture, uint8 (H, W, 3).
 
     Args:
         data: a file: PNG, JPEG, WebP, BMP or GIF.
-        smallest: to which edge it will be resized.
+        smallest: to which edge it will be resized, where that is to be checked.
 
     Raises:
         Unreadable: it is not one of these, damaged, cut off, or too large.
@@ -74,13 +74,14 @@ def decode(data: bytes, smallest: int = 1) -> np.ndarray:
         raise Unreadable(f"damaged: {' '.join(str(error).split())[:80]}") from None
 
 
-def _check_size(width: int, height: int, smallest: int) -> None:
+def _check_size(width: int, height: int, smallest: int | None) -> None:
     if width * height > MOST_PIXELS:
         raise Unreadable(f"more than {MOST_PIXELS:,} pixels ({width} x {height})")
-    if max(width, height) > MOST_SHRINK * min(smallest, width, height):
+    shorter = min(width, height)
+    if max(width, height) > MOST_SHRINK * min(shorter, smallest or shorter):
         raise Unreadable(
             f"{width} x {height}: an edge of more than {MOST_SHRINK} times the shorter one or "
-            f"the size {smallest}"
+            "data.image.size"
         )
 
 
@@ -105,7 +106,7 @@ def pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0))), "decode")
 
 
-def decode_all(files: Iterable[bytes], smallest: int = 1) -> list[np.ndarray | Unreadable]:
+def decode_all(files: Iterable[bytes], smallest: int) -> list[np.ndarray | Unreadable]:
     """Each file's pixels, or why there are none."""
 
     def one(data: bytes) -> np.ndarray | Unreadable:
