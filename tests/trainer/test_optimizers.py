@@ -13,6 +13,7 @@ from conftest import losses, tiny_tree, train_on_ranks
 
 from gradsmith import checkpoints, ranks
 from gradsmith.errors import UserError
+from gradsmith.reading import read_json
 from gradsmith.recipe import (
     OF_WHOLE_TENSORS,
     OPTIMIZERS,
@@ -56,6 +57,10 @@ def test_what_cannot_work_is_refused(tmp_path: Any, settings: dict, message: str
     tree["training"]["optimizer"] = settings
     with pytest.raises(UserError, match=message):
         parse_recipe(tree)
+
+
+def test_each_optimizer_is_tried() -> None:
+    assert RATES.keys() == OPTIMIZERS.keys()
 
 
 @pytest.mark.parametrize("name", RATES)
@@ -117,6 +122,26 @@ def test_resume_gives_the_same_bits(
     parts = tiny("parts", **settings, **{"training.steps": 6})
     loop.train(parts)
     assert losses(parts) == losses(whole)
+
+
+def test_two_ranks_resume_where_each_holds_everything(tiny: Tiny, tmp_path: Path) -> None:
+    """At stage 0, in float32, whose states are of the parameters, and in bf16, of copies."""
+    runs: dict[str, dict[str, Recipe]] = {"whole": {}, "half": {}, "parts": {}}
+    for precision in ("fp32", "bf16"):
+        settings = settings_for("adamw", 0) | {"training.precision": precision}
+        settings |= {"training.checkpoint.every": 3}
+        for name, steps in (("whole", 6), ("half", 3), ("parts", 6)):
+            folder = f"{'whole' if name == 'whole' else 'parts'}-{precision}"
+            runs[name][precision] = tiny(folder, **settings, **{"training.steps": steps})
+    train_on_ranks([*runs["whole"].values(), *runs["half"].values()], 2, tmp_path)
+    train_on_ranks([*runs["parts"].values()], 2, tmp_path)
+    for precision, whole in runs["whole"].items():
+        parts = runs["parts"][precision]
+        assert len(losses(parts)) == 6
+        assert losses(parts) == losses(whole)
+        first, second = (newest(parts) / f"optimizer-0000{rank}-of-00002.json" for rank in (0, 1))
+        assert read_json(first)["pieces"]
+        assert not read_json(second)["pieces"]
 
 
 def test_two_ranks_with_offload_clip_and_8_bit_states_resume_with_the_same_bits(

@@ -36,14 +36,8 @@ class Classification(Task):
         for metric in CLASSIFICATION_METRICS
         if metric.name in ("loss", "accuracy", "f1_macro", "calibration_error")
     )
-    shown: tuple[str, ...] = (
-        "accuracy",
-        "f1_macro",
-        "balanced_accuracy",
-        "roc_auc",
-        "loss",
-        "calibration_error",
-    )
+    shown = ("accuracy", "top5_accuracy", "f1_macro", "balanced_accuracy", "roc_auc", "loss",
+             "calibration_error")  # fmt: skip
 
     processor: Any
 

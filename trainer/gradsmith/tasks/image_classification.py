@@ -30,8 +30,6 @@ class ImageClassification(Classification):
     are then shares of two classes; a mixed row weighs what its own class does."""
 
     unit = "images"
-    shown = ("accuracy", "top5_accuracy", "f1_macro", "balanced_accuracy", "roc_auc", "loss",
-             "calibration_error")  # fmt: skip
     auto_class = "AutoModelForImageClassification"
     architectures = "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES"
     models_are = "image classifiers"

@@ -199,7 +199,8 @@ def _write_optimizer(engine: DeepSpeedEngine, folder: Path, rank: int, world: in
     from safetensors.torch import save_file
 
     tensors, index = {}, {}
-    for piece in shards(engine):
+    everybody_has_all = engine.zero_optimization_stage() == 0
+    for piece in () if everybody_has_all and rank else shards(engine):
         state = engine.basic_optimizer.state.get(piece.owner, {})
         sources = {MASTER: piece.owner, **_states(state, piece.owner)}
         index[piece.name] = {
@@ -263,6 +264,8 @@ def load_optimizer(engine: DeepSpeedEngine, checkpoint: Path) -> dict[str, Any]:
         file = safe_open(index.with_suffix(".safetensors"), framework="pt")
         keys = set(file.keys())
         for name, entry in read_json(index)["pieces"].items():
+            if any(other.start == entry["start"] for other in saved.get(name, [])):
+                continue  # at stage 0 each rank wrote everything, until only the first did
             own = {key for key in keys if key.rpartition(":")[0] == name}
             phase = entry.get("phase", 0)
             saved.setdefault(name, []).append(
