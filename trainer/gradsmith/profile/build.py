@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import re
 import time
 from collections.abc import Sequence
@@ -10,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ..data import sql
+from ..data.example import Ledger
 from ..data.files import SUFFIXES, files_of
 from ..data.sources import check_sources
 from ..data.table_fit import reading_of
-from ..data.table_kinds import Reading
-from ..data.table_read import COMPRESSED, check_columns, reporting
-from ..data.example import Ledger
+from ..data.table_read import COMPRESSED, Report, check_columns, reporting
 from ..errors import UserError
 from ..files import replacing
 from ..recipe import load_recipe
@@ -86,13 +86,13 @@ def kind_of(source: str) -> str:
         return by_suffix.get(ends[-1]) if ends else None
 
     path = Path(source)
+    if not path.exists() and not glob.has_magic(source):
+        raise UserError(f"{source}: no such file, folder or recipe (from {Path.cwd()})")
     inside = path.rglob("*") if path.is_dir() else []
     found = {of(file) for file in inside if file.is_file()} if path.is_dir() else {of(path)}
     kinds = sorted(kind for kind in found if kind)
     if len(kinds) != 1:
         what = f"files of the kinds {', '.join(kinds)}" if kinds else "no kind that is known"
-        if not path.is_dir() and not path.exists() and "*" not in source:
-            raise UserError(f"{source}: no such file, folder or recipe (from {Path.cwd()})")
         raise UserError(
             f"{source}: {what}; allowed are files, globs and folders of {', '.join(by_suffix)}, "
             f"or a recipe, {' or '.join(RECIPES)}"
@@ -100,7 +100,9 @@ def kind_of(source: str) -> str:
     return kinds[0]
 
 
-def profile(source: str, overrides: Sequence[str] = (), target: str | None = None) -> dict[str, Any]:
+def profile(
+    source: str, overrides: Sequence[str] = (), target: str | None = None
+) -> dict[str, Any]:
     """Everything there is to say of a table, plain data: see `measure`; and title, sources, files,
     bytes, broken and recipe (YAML, or None without a target).
 
@@ -118,7 +120,8 @@ def profile(source: str, overrides: Sequence[str] = (), target: str | None = Non
         if one.kind in SUFFIXES
         for file in files_of(one, source if data is None else f"data.sources.{number}")
     ]
-    reader, stated, broken = None, {}, asked.on_broken
+    reader, stated = None, {}
+    broken: Report = asked.on_broken
     if data is not None:
         reader, stated = reading_of(data), data.columns.stated()
         if data.on_error == "stop":
@@ -128,7 +131,7 @@ def profile(source: str, overrides: Sequence[str] = (), target: str | None = Non
         check_columns({target: "--target"}, list(table.columns), source)
     found = measure(table, target, data.problem if data is not None else None)
     if asked.lost:
-        told = f"{asked.lost:,} rows could not be read and are left out: {asked.broken[0]}"
+        told = f"rows that could not be read and are left out: {asked.lost:,}; {asked.broken[0]}"
         found["findings"].insert(0, {"what": "broken", "columns": [], "text": told})
     known = {
         "sources": [one.model_dump(exclude_defaults=True) for one in asked.sources],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -13,9 +14,8 @@ from ..console import bytes_in_words
 from ..report import blocks
 from ..report.page import Html, el, join, page
 from ..report.plots import label
-from .measure import FENCE, LEAK, day, share
+from .measure import FENCE, GRAVE, LEAK, day, share
 
-GRAVE = ("leak", "target", "broken", "copy", "mixed", "missing", "duplicates")  # findings
 SHOWN = 20  # features in a list of bars
 WIDTH, HEIGHT = 300, 92  # of a small picture
 
@@ -53,8 +53,8 @@ STYLE = """
 .card table { font-size: 12.5px; table-layout: fixed; }
 .card td { padding: 2px 8px 2px 0; }
 .card tr { border: 0 !important; }
-.card td:first-child { width: 40%; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-.card td.number { width: 74px; }
+.card td:first-child { width: 34%; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.card td.number { width: 60px; padding-right: 4px; }
 .card td.bar { width: auto; min-width: 0; }
 .card .bar svg { margin-top: 3px; }
 .means { color: var(--ember); }
@@ -64,7 +64,8 @@ STYLE = """
   background: var(--grid); }
 .gaps rect { fill: var(--ember); }
 .panel.pad { padding: 14px 16px; }
-.panel table.results { margin: 0; }
+.pad .matrix thead tr th { font-style: normal; }
+.pad .matrix.dense td { min-width: 27px; height: 24px; }
 .pair { display: grid; gap: 14px; align-items: start;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); }
 .pair h3 { margin-top: 20px; }
@@ -136,7 +137,7 @@ def _tiles(p: dict[str, Any]) -> Html:
     ]
     drawn = [
         el("div", el("span", name), el("b", text), el("span", more),
-           class_="tile first" if name == "Rows" else "tile")
+           class_="tile")
         for name, text, more in tiles
     ]  # fmt: skip
     return el("div", drawn, class_="tiles")
@@ -157,7 +158,8 @@ def _found(p: dict[str, Any]) -> Html:
 
 def _card(p: dict[str, Any], c: dict[str, Any]) -> Html:
     aim = bool(p["target"]) and c["name"] == p["target"]["name"]
-    picture = _top(c) if not c["numeric"] else _numbers(c)
+    words = p["target"]["words"] if p["target"] else ""
+    picture = _top(c, words) if not c["numeric"] else _numbers(c, words)
     return el(
         "div",
         el("h3", c["name"], el("span", "target, " * aim + c["kind"])),
@@ -166,6 +168,11 @@ def _card(p: dict[str, Any], c: dict[str, Any]) -> Html:
         el("div", [_fact(*fact) for fact in _facts(p, c)], class_="facts"),
         class_="card aim" if aim else "card",
     )
+
+
+def short(value: float) -> str:
+    """A mean: 0.742, 3.1, 1,520, 12k."""
+    return f"{value:.3g}" if abs(value) < 1000 else label(value)
 
 
 def _fact(name: str, text: str, warn: bool = False) -> Html:
@@ -195,7 +202,7 @@ def _facts(p: dict[str, Any], c: dict[str, Any]) -> list[tuple[str, str] | tuple
     return facts
 
 
-def _numbers(c: dict[str, Any]) -> Html:
+def _numbers(c: dict[str, Any], words: str) -> Html:
     h = c["histogram"]
     if h is None:
         return el("p", "no value")
@@ -207,19 +214,19 @@ def _numbers(c: dict[str, Any]) -> Html:
     else:
         write = day if c["kind"] == "date" else label
         edges = [write(edge) for edge in h["edges"]]
-        names = [f"{a} to {b}" for a, b in zip(edges, edges[1:], strict=False)]
+        names = [f"{a} to {b}" for a, b in pairwise(edges)]
         ends = [edges[0], edges[-1]]
     picture = columns(h["counts"], names, ends, h["means"])
     beyond = f"{h['beyond']:,} more lie beyond. " if h["beyond"] else ""
-    return join([picture, _note(beyond, h["means"])])
+    return join([picture, _note(beyond, h["means"], words)])
 
 
-def _note(text: str, means: Sequence[float | None] | None) -> Html | None:
+def _note(text: str, means: Sequence[float | None] | None, words: str = "") -> Html | None:
     some = [m for m in means or () if m is not None]
     told = None
     if some:
-        told = el("span", f"line: the target's mean, {label(min(some))} to {label(max(some))}",
-                  class_="means")  # fmt: skip
+        ends = f"{short(min(some))} to {short(max(some))}"
+        told = el("span", f"line: {words}, {ends}", class_="means")
     return el("p", text, told) if text or told else None
 
 
@@ -250,7 +257,7 @@ def columns(
         told = f"{names[i]}: {count:,} ({share(count / total)})"
         mean = means[i] if means else None
         if mean is not None:
-            told += f", mean of the target {label(mean)}"
+            told += f", mean of the target {short(mean)}"
             y = base - 4 - (base - top - 8) * (mean - low) / span
             dots.append((round(i * wide + wide / 2, 1), round(y, 1)))
         shapes.append(el("rect", el("title", told), x=round(i * wide + gap / 2, 1),
@@ -272,21 +279,22 @@ def columns(
               aria_label=f"distribution: {', '.join(map(str, ends))}")  # fmt: skip
 
 
-def _top(c: dict[str, Any]) -> Html:
+def _top(c: dict[str, Any], words: str) -> Html:
     if not c["top"]:
         return el("p", "no value")
     rows = []
     means = c.get("means") or [None] * len(c["top"])
+    has_means = any(mean is not None for mean in means)
     for (text, count), mean in zip(c["top"], means, strict=True):
         part = count / c["top_of"]
         cells = [el("td", text, title=text), blocks.bar(0, part), blocks.number(share(part))]
-        if c.get("means"):
-            told = el("span", "" if mean is None else label(mean), class_="means")
-            cells.append(el("td", told, class_="number"))
+        if has_means:
+            mark = el("span", "" if mean is None else short(mean), class_="means")
+            cells.append(el("td", mark, class_="number"))
         rows.append(el("tr", cells))
     left = c["distinct"] - len(c["top"])
     notes = [f"{left:,} more values. "] if left > 0 else []
-    told = el("span", "right: the target's mean", class_="means") if c.get("means") else None
+    told = el("span", f"right: {words}", class_="means") if has_means else None
     note = el("p", notes, told) if notes or told else None
     return join([el("table", el("tbody", rows)), note])
 
@@ -316,6 +324,7 @@ def _gaps(p: dict[str, Any]) -> Html:
 def heat(title: str, found: dict[str, Any]) -> Html:
     """Correlations from -1 to 1, shaded by their size; negative ones in another colour."""
     names = found["names"]
+    dense = len(names) > blocks.MATRIX_NUMBERS
     body = []
     for name, values in zip(names, found["values"], strict=True):
         cells = []
@@ -324,13 +333,14 @@ def heat(title: str, found: dict[str, Any]) -> Html:
             kinds = ["wrong"] * ((r or 0) < 0) + ["half"] * (size > 0.5)
             kinds += ["strong"] * (size > 0.75)
             text = "" if r is None else f"{r:.2f}"
+            text = text.replace("0.", ".") if dense else text
             told = f"{name}, {other}: {'does not vary' if r is None else f'{r:.4f}'}"
             kind = " ".join(kinds) or None
             cells.append(el("td", text, class_=kind, style=f"--share:{size:.3f}", title=told))
         body.append(el("tr", el("th", name, scope="row"), cells))
     heads = el("tr", el("td"), [el("th", el("span", name), scope="col") for name in names])
-    dense = "matrix dense" if len(names) > 12 else "matrix"
-    table = el("table", el("thead", heads), el("tbody", body), class_=dense, aria_label=title)
+    kind = "matrix dense" if dense else "matrix"
+    table = el("table", el("thead", heads), el("tbody", body), class_=kind, aria_label=title)
     return el("div", el("h3", title), el("div", table, class_="panel scroll pad"))
 
 
@@ -338,13 +348,13 @@ def _relations(p: dict[str, Any]) -> Html:
     found = p["correlations"]
     titles = {"pearson": "Pearson: on a straight line", "spearman": "Spearman: in the same order",
               "cramers_v": "Cramér's V: between categories"}  # fmt: skip
-    maps = [heat(title, found[key]) for key, title in titles.items() if key in found]
+    maps: list[Any] = [heat(title, found[key]) for key, title in titles.items() if key in found]
     if not maps:
         return el("p", "There are no two columns to compare.", class_="soft")
     left = [f"{len(names)} {kind}" for kind, names in found["left_out"].items() if names]
     note = f"Left out, beyond the first: {', '.join(left)}. " if left else ""
     note += "Of two columns the rows count that have both. Numbers of few values are among both."
-    return join([el("div", maps, class_="pair"), el("p", note, class_="note")])
+    return join([el("div", maps[:2], class_="pair"), maps[2:], el("p", note, class_="note")])
 
 
 def _target(p: dict[str, Any]) -> Html | None:
@@ -361,9 +371,7 @@ def _target(p: dict[str, Any]) -> Html | None:
         {"name": n, "value": features[n]["score"], "ours": features[n]["score"] >= LEAK}
         for n in by_score[:SHOWN]
     ]
-    nats = [
-        {"name": n, "value": features[n]["mutual_information"]} for n in by_information[:SHOWN]
-    ]
+    nats = [{"name": n, "value": features[n]["mutual_information"]} for n in by_information[:SHOWN]]
     figures = []
     if scores:
         note = (
@@ -394,15 +402,15 @@ def _target(p: dict[str, Any]) -> Html | None:
 def _time(p: dict[str, Any]) -> Html | None:
     if not p["trends"]:
         return None
-    cards = []
+    cards, words = [], p["target"]["words"] if p["target"] else ""
     for trend in p["trends"]:
         edges = trend["edges"]
-        names = [f"{a} to {b}" for a, b in zip(edges, edges[1:], strict=False)]
+        names = [f"{a} to {b}" for a, b in pairwise(edges)]
         picture = columns(trend["rows"], names, [edges[0], edges[-1]], trend["means"])
         rho = trend["spearman"]
         told = f"Spearman of the target with it: {rho:.2f}. " if rho is not None else ""
         cards.append(el("div", el("h3", trend["column"], el("span", "rows over time")), picture,
-                        _note(told, trend["means"]), class_="card"))  # fmt: skip
+                        _note(told, trend["means"], words), class_="card"))  # fmt: skip
     return _section("time", "Over time", el("div", cards, class_="cards"))
 
 

@@ -23,15 +23,18 @@ CLASSES = 20  # of the target, the most frequent; others are left out of scores
 VALUES = 50  # of a category, the most frequent; others count as one
 RELATED = 30  # columns in a map of correlations, the first
 SPANS = 30  # of a time trend
+ENOUGH = 5  # rows of which a mean of the target is shown
 FENCE = 1.5  # interquartile ranges beyond the quartiles, as in data.clean.outliers
 
 LEAK = 0.95  # ROC-AUC or R² of one feature alone
 MOSTLY = 0.5  # missing
 NEARLY = 0.99  # one value
+RELATED_FROM = 0.99  # Pearson's correlation of two features
 OUTLYING = 0.05  # of the rows
 RARE = 0.1  # a class's share
 
-UNUSED = ("id", "constant", "text")
+GRAVE = ("leak", "target", "broken", "copy", "mixed", "missing", "duplicates")
+"""Findings that ask for a decision; the others are notes."""
 
 
 def measure(table: Table, target: str | None, problem: str | None) -> dict[str, Any]:
@@ -63,7 +66,7 @@ def measure(table: Table, target: str | None, problem: str | None) -> dict[str, 
         "missing_map": _missing_map(table),
     }
     found = plain(found)
-    found["findings"] = list(_findings(found))
+    found["findings"] = sorted(_findings(found), key=lambda f: f["what"] not in GRAVE)
     return found
 
 
@@ -118,14 +121,15 @@ class Aim:
         )
 
     def means(self, codes: np.ndarray, size: int) -> list[float | None] | None:
-        """The target's mean where a code stands; None without rows, or where it has no mean."""
+        """The target's mean where a code stands, None of fewer than `ENOUGH` rows; or None, where
+        it has no mean."""
         if self.y is None or not self.learnable:
             return None
         own = codes[self.rows]
         some = own >= 0
         rows = np.bincount(own[some], minlength=size)
         sums = np.bincount(own[some], self.y[some], size)
-        return [float(t / n) if n else None for t, n in zip(sums, rows, strict=True)]
+        return [float(t / n) if n >= ENOUGH else None for t, n in zip(sums, rows, strict=True)]
 
     def describe(self, table: Table, columns: dict[str, dict[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {
@@ -133,6 +137,7 @@ class Aim:
             "problem": self.problem,
             "missing": columns[self.name]["missing"],
             "learnable": self.learnable,
+            "words": self.words if self.y is not None and self.learnable else "",
             "metric": "ROC-AUC" if self.problem == "classification" else "R²",
             "threshold": LEAK,
             "features": {},
@@ -390,6 +395,12 @@ def _findings(p: dict[str, Any]) -> Any:
         if c.get("outlier_share", 0) > OUTLYING:
             told = f"{name}: {share(c['outlier_share'])} lie beyond {FENCE} interquartile ranges"
             yield finding("outliers", [name], told)
+    found = p["correlations"].get("pearson", {"names": [], "values": []})
+    for i, name in enumerate(found["names"]):
+        for other, r in zip(found["names"][:i], found["values"][i], strict=False):
+            known = r is not None and abs(r) >= RELATED_FROM and [name, other] not in p["copies"]
+            if known and not (target and target["name"] in (name, other)):
+                yield finding("related", [name, other], f"{name} and {other}: Pearson {r:.4f}")
     for trend in p["trends"]:
         if trend["spearman"] is not None and abs(trend["spearman"]) > 0.2:
             way = "rises" if trend["spearman"] > 0 else "falls"

@@ -108,9 +108,7 @@ def _roles(p: dict[str, Any], data: dict[str, Any]) -> list[str]:
     return found
 
 
-def _columns(
-    data: dict[str, Any], drop: dict[str, str], used: list[dict[str, Any]]
-) -> list[str]:
+def _columns(data: dict[str, Any], drop: dict[str, str], used: list[dict[str, Any]]) -> list[str]:
     lines = []
     if drop:
         lines += [line(2, "drop:"), *(line(3, f"- {value(n)}", why) for n, why in drop.items())]

@@ -234,9 +234,7 @@ def _aligned(part: Part, names: list[str], where: str, by_name: bool) -> pa.Reco
     there = batch.schema.names
     if not by_name:
         check_columns(dict.fromkeys(names, where), there, part.origin)
-    columns = [
-        batch.column(name) if name in there else pa.nulls(batch.num_rows) for name in names
-    ]
+    columns = [batch.column(name) if name in there else pa.nulls(batch.num_rows) for name in names]
     return pa.RecordBatch.from_arrays(columns, names)
 
 
@@ -262,9 +260,7 @@ def _kinds(
     raise refused
 
 
-def _kind(
-    head: list[pa.RecordBatch], name: str, reader: Reading, stated: dict[str, str]
-) -> Kind:
+def _kind(head: list[pa.RecordBatch], name: str, reader: Reading, stated: dict[str, str]) -> Kind:
     if name in stated:
         return Kind(stated[name], "as the recipe says")
     found = infer((batch.column(name) for batch in head), reader, f'column "{name}"')

@@ -324,8 +324,9 @@ for (const figure of document.querySelectorAll("[data-chart]")) {
 
 
 def page(title: str, body: Html, style: str = "") -> str:
-    """A whole document; `style` is CSS besides the common. Its content security policy lets nothing be loaded and no script but ours
-    run, whatever a recipe's or a model's text may hold. Pictures are in the page itself."""
+    """A whole document; `style` is CSS besides the common. Its content security policy lets nothing
+    be loaded and no script but ours run, whatever a recipe's or a model's text may hold. Pictures
+    are in the page itself."""
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = (
         "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
