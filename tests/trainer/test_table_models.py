@@ -246,7 +246,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recipe_of(source: Path, output: Path, target: str = "spent", **overrides: Any) -> Recipe:
     tree = table_recipes.recipe(output, source, target).dump()
     training = {
-        "epochs": 30, "global_batch": 32, "micro_batch": 32, "precision": "fp32",
+        "epochs": 60, "global_batch": 32, "micro_batch": 32, "precision": "fp32",
         "optimizer": {"lr": 3e-3},
     }  # fmt: skip
     model = {"architecture": "mlp", "config": {"hidden_sizes": [32, 32], "bins": 6}}

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from table_recipes import held_out, ledger, make, people, write_csv
+from table_recipes import held_out, ledger, make, people, recipe, write_csv
 
+from gradsmith.data.prepare import prepare, preview
 from gradsmith.errors import UserError
+from gradsmith.recipe import parse_recipe
 
 
 @pytest.fixture(scope="module")
@@ -169,3 +171,33 @@ def test_what_cannot_be_split_is_refused(rows: Any, data: Any, said: str, tmp_pa
     path = write_csv(tmp_path / "t.csv", rows[:50])
     with pytest.raises(UserError, match=said.replace("+ test", r"\+ test")):
         make(tmp_path / "a", path, **data)
+
+
+def test_a_preview_says_what_would_become_of_each_row_and_keeps_nothing(
+    rows: Any, tmp_path: Path
+) -> None:
+    asked = recipe(tmp_path / "run", write_csv(tmp_path / "t.csv", rows[:200] + rows[:9]))
+    told: list[str] = []
+    manifest = preview(asked, log=told.append)
+    assert not (tmp_path / "run").exists()
+    assert "deduplicate dropped 9 (exact duplicate)" in told
+    assert "city: category (3 values)" in told
+    made = prepare(asked, log=lambda _: None).manifest
+    assert made["ledger"] == manifest["ledger"]
+    assert made["splits"] == manifest["splits"]
+    steps = dict.fromkeys(("read", "clean", "deduplicate", "split", "encode"), 0)
+    for row in manifest["ledger"]:
+        if row["what"] == "in":
+            steps[row["step"]] += row["documents"]
+    assert steps == {"read": 209, "clean": 209, "deduplicate": 209, "split": 200, "encode": 200}
+
+
+def test_a_table_that_ships_is_read(tmp_path: Path) -> None:
+    tree = recipe(tmp_path / "run", tmp_path / "x.csv", "target").dump()
+    tree["data"]["sources"] = [{"kind": "sklearn", "path": "iris"}]
+    data = prepare(parse_recipe(tree), log=lambda _: None)
+    assert set(data.manifest["classes"]) == {"setosa", "versicolor", "virginica"}
+    assert ledger(data, "deduplicate", "dropped") == {"exact duplicate": 1}
+    tree["data"]["sources"] = [{"kind": "sklearn", "path": "irises"}]
+    with pytest.raises(UserError, match=r'iris, wine, .* Did you mean "iris"\?'):
+        parse_recipe(tree)

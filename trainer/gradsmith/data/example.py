@@ -113,6 +113,13 @@ class Ledger:
         self.add(step, "dropped", tokens=tokens, reason=reason)
         return Dropped(step, reason)
 
+    def merge(self, other: Ledger) -> None:
+        """Adds what another one counted."""
+        for key, counts in other._counts.items():
+            mine = self._counts.setdefault(key, [0, 0])
+            mine[0] += counts[0]
+            mine[1] += counts[1]
+
     def rows(self) -> list[dict[str, Any]]:
         """Rows with step, what, documents, and where they say something tokens, reason, source."""
         rows = []

@@ -104,7 +104,8 @@ def _name(source: Source) -> str:
 def fingerprint(source: Source, where: str) -> dict[str, Any]:
     """What identifies a source's content: its files' names, sizes and SHA-256 as one hash.
 
-    A dataset from the hub has no files here and is identified by its name.
+    A dataset from the hub, or one that ships with scikit-learn, has no files here and is identified
+    by its name.
     """
     if source.kind == "sql":
         return sql.fingerprint(source, where)
@@ -115,6 +116,8 @@ def fingerprint(source: Source, where: str) -> dict[str, Any]:
         assert source.path is not None
         root = Path(source.path)
         files = sorted(f for f in root.rglob("*") if f.is_file()) if root.is_dir() else []
+    elif source.kind == "sklearn":
+        root, files = None, []
     else:
         root, files = None, files_of(source, where)
     whole, size = hashlib.sha256(), 0

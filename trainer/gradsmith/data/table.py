@@ -21,6 +21,7 @@ from ..files import write_json
 from ..reading import read_json
 from ..recipe import TableData, TableRecipe
 from ..shapes import TableSettings
+from .ahead import ahead
 from .columns import Column, Columns
 from .example import Dropped, Example, Ledger
 from .labelled import class_weights
@@ -126,23 +127,24 @@ class TableProcessor(Processor):
         reader = reading_of(data)
         first = next(iter(examples()))
         roles = {data.target, data.group, data.time, data.weight}
+        roles |= set(data.columns.drop)  # which clean.keys may name
         names = [name for name in first.names if name not in roles]
         target = Target.fit(data, examples, reader)
         log(target.in_words())
         stated = data.columns.stated()
-        kinds: dict[str, Kind] = {}
-        for name in names:
-            column = (chunk.column(name) for chunk in examples())
+
+        def kind_of(name: str) -> Kind:
             if name in stated:
-                kinds[name] = Kind(stated[name], "as the recipe says")
-            else:
-                kinds[name] = infer(column, reader, f'column "{name}"')
-            log(f"{name}: {kinds[name].name} ({kinds[name].why})")
-        steps = [
-            fit_column(name, kind, examples, reader, target, data)
-            for name, kind in kinds.items()
-            if kind.name in STEPS
-        ]
+                return Kind(stated[name], "as the recipe says")
+            return infer((chunk.column(name) for chunk in examples()), reader, f'column "{name}"')
+
+        def step_of(name: str) -> Step:
+            return fit_column(name, kinds[name], examples, reader, target, data)
+
+        kinds = dict(zip(names, ahead(kind_of, names), strict=True))
+        for name, kind in kinds.items():
+            log(f"{name}: {kind.name} ({kind.why})")
+        steps = list(ahead(step_of, [name for name in names if kinds[name].name in STEPS]))
         processor = cls(
             {
                 "problem": target.problem, "classes": target.classes,
@@ -324,7 +326,7 @@ class TableProcessor(Processor):
                     raise UserError(f'{example.source}: no column "{name}"')
             names = list(example.fields)
             batch = from_rows([example.fields], names)
-            hashes = digest(batch, list(self.steps))[:, 0]
+            hashes = digest(batch, list(self.steps))
             none = np.zeros(1, np.int64)
             chunk = Chunk(example.source, batch, none, none, hashes, training=False)
             columns, kept = self.encode_chunk(chunk, ledger)

@@ -75,6 +75,10 @@ def _parts(source: Any, where: str, broken: Report) -> Iterator[Part]:
         for batch, numbers in _numbered(sql.batches(source, where)):
             yield Part(sql.name_of(source.url), batch, numbers)
         return
+    if source.kind == "sklearn":
+        for batch, numbers in _numbered(_toy(source.path, where).to_batches()):
+            yield Part(f"sklearn {source.path}", batch, numbers)
+        return
     for file in files_of(source, where):
         if source.kind == "csv":
             batches = _csv(file, source, broken)
@@ -245,6 +249,22 @@ def _columnar(file: Path, kind: str) -> Iterator[pa.RecordBatch]:
                 return
             for number in range(table.num_record_batches):
                 yield table.get_batch(number)
+
+
+def _toy(name: str, where: str) -> pa.Table:
+    """One of the tables that ship with scikit-learn; what it predicts is the column `target`."""
+    try:
+        import sklearn.datasets
+    except ImportError:
+        raise UserError(
+            f"{where}.kind: sklearn needs scikit-learn: pip install 'gradsmith[table]'"
+        ) from None
+    found = getattr(sklearn.datasets, f"load_{name}")()
+    columns = {str(n): found.data[:, i] for i, n in enumerate(found.feature_names)}
+    target = found.target
+    if "target_names" in found:
+        target = np.array([str(label) for label in found.target_names])[target]
+    return pa.table({**columns, "target": target})
 
 
 def _records(found: Iterator[tuple[dict[str, Any], str]]) -> Iterator[Part]:

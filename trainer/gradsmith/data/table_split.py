@@ -26,16 +26,17 @@ class Keys:
     Attributes:
         names: the columns that a model may read.
         features: uint64: a hash of what a model may read.
-        whole: uint64: of what makes two rows duplicates.
-        target, group, time: text, null where there is none.
+        target, group, time, weight: text, null where there is none.
+        keys: uint64: a hash of `clean.keys`.
     """
 
     names: list[str]
     features: np.ndarray
-    whole: np.ndarray
     target: pa.ChunkedArray
     group: pa.ChunkedArray | None = None
     time: pa.ChunkedArray | None = None
+    weight: pa.ChunkedArray | None = None
+    keys: np.ndarray | None = None
 
 
 def duplicates(keys: Keys, clean: Any, ledger: Ledger) -> np.ndarray:
@@ -49,14 +50,34 @@ def duplicates(keys: Keys, clean: Any, ledger: Ledger) -> np.ndarray:
     ledger.add("deduplicate", "in", rows - int(none.sum()))
     dropped = none
     if clean.duplicates == "drop":
-        again = _repeats(np.where(none, keys.whole + np.arange(rows, dtype=np.uint64), keys.whole))
-        again &= ~none
+        there = np.flatnonzero(~none)
+        again = np.zeros(rows, bool)
+        again[there] = _repeats(_whole(keys, there))
         if again.any():
             what = "exact duplicate" if clean.keys is None else f"the {', '.join(clean.keys)} again"
             ledger.add("deduplicate", "dropped", int(again.sum()), reason=what)
         dropped = none | again
     ledger.add("deduplicate", "kept", int((~dropped).sum()))
     return dropped
+
+
+def _whole(keys: Keys, rows: np.ndarray) -> np.ndarray:
+    """A hash of what makes two rows duplicates, uint64 (rows,); of rows whose features come once
+    that of the features will do."""
+    if keys.keys is not None:
+        return keys.keys[rows]
+    whole = keys.features[rows]
+    order = np.argsort(whole, kind="stable")
+    same = whole[order[1:]] == whole[order[:-1]]
+    several = order[np.append(same, False) | np.insert(same, 0, False)]
+    taken = pa.array(rows[several])
+    columns = (keys.target, keys.group, keys.time, keys.weight)
+    others = [column.take(taken).to_pylist() for column in columns if column is not None]
+    for place, cells in zip(several.tolist(), zip(*others, strict=True), strict=True):
+        text = "\x1f".join(cell or "" for cell in cells)
+        other = hashlib.blake2b(text.encode(), digest_size=8).digest()
+        whole[place] ^= np.uint64(int.from_bytes(other, "big"))
+    return whole
 
 
 def _repeats(hashes: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from ..errors import UserError, one_line
 from ..recipe import TableData, TableRecipe
+from .ahead import ahead
 from .columns import ColumnWriter, HashedFile
 from .example import Ledger
 from .split import SPLITS
@@ -114,10 +115,8 @@ class TableSpool:
     ) -> Self:
         folder = scratch / "train"
         writer = _Writer(recipe, folder, ledger)
-        for number, source in enumerate(recipe.data.sources):
-            where = f"data.sources.{number}"
-            for part in parts(source, where, reporting(recipe.data.on_error, ledger)):
-                writer.add(part, where)
+        for part, found_there in ahead(writer.hashed, writer.read()):
+            writer.add(part, found_there)
         origins, keys = writer.close()
         found = cls(folder, origins, keys, recipe.data)
         dropped = duplicates(keys, recipe.data.clean, ledger)
@@ -172,7 +171,7 @@ class TableSpool:
         """
         content, read = self.hashes, list(processor.steps)
         if set(read) != set(self.features):  # others do not tell rows apart
-            content = np.concatenate([digest(batch, read)[:, 0] for _, batch, _ in self._batches()])
+            content = np.concatenate([digest(batch, read) for _, batch, _ in self._batches()])
         found = leaks(content, self.side)
         if not found:
             return
@@ -199,12 +198,18 @@ class TableSpool:
         writer = ColumnWriter(folder, processor.columns)
         raw = HashedFile(folder / "documents.jsonl") if name != "train" else None
         documents = 0
-        for chunk in self.chunks(name):
-            rows, kept = processor.encode_chunk(chunk, ledger)
+
+        def encoded(chunk: Chunk) -> tuple[dict[str, np.ndarray], int, bytes, Ledger]:
+            own = Ledger()
+            rows, kept = processor.encode_chunk(chunk, own)
+            return rows, len(kept), b"" if raw is None else chunk.documents(kept), own
+
+        for rows, count, lines, own in ahead(encoded, self.chunks(name)):
             writer.extend(rows)
-            documents += len(kept)
+            documents += count
+            ledger.merge(own)
             if raw is not None:
-                raw.write(chunk.documents(kept))
+                raw.write(lines)
         files = writer.close()
         if raw is not None:
             files[raw.path.name] = raw.close()
@@ -224,29 +229,45 @@ class _Writer:
         self._file: Any = None
         self.names: list[str] = []
         self.features: list[str] = []
-        self._found: dict[str, list[Any]] = {
-            name: [] for name in ("features", "whole", "target", "group", "time")
-        }
+        self._hashes: dict[str, list[np.ndarray]] = {"features": [], "keys": []}
+        roles = ((key, getattr(recipe.data, key)) for key in ("target", "group", "time", "weight"))
+        self.roles = {key: name for key, name in roles if name is not None}
+        self._cells: dict[str, list[pa.Array]] = {key: [] for key in self.roles}
 
-    def add(self, part: Part, where: str) -> None:
-        data, batch = self.data, part.batch
-        if not self.names:
-            self.names = self._used(batch.schema.names, where)
-            roles = {data.target, data.weight, data.group, data.time}
-            self.features = [name for name in self.names if name not in roles]
-        lacking = [name for name in self.names if name not in batch.schema.names]
-        by_name = data.sources[int(where.rpartition(".")[2])].kind in ("jsonl", "hf_dataset")
-        if lacking and not by_name:
-            check_columns(dict.fromkeys(lacking, where), batch.schema.names, part.origin)
-        columns = [
-            pa.nulls(batch.num_rows) if name in lacking else batch.column(name)
-            for name in self.names
-        ]
-        cells = pa.RecordBatch.from_arrays(columns, self.names)
-        self.ledger.add("read", "in", batch.num_rows, source=part.origin)
-        self.ledger.add("read", "kept", batch.num_rows, source=part.origin)
-        self._write(part.origin, cells, part.numbers)
-        self._keys(cells)
+    def read(self) -> Iterator[Part]:
+        """The sources' rows, with the columns that are used."""
+        for number, source in enumerate(self.data.sources):
+            where = f"data.sources.{number}"
+            by_name = source.kind in ("jsonl", "hf_dataset")
+            for part in parts(source, where, reporting(self.data.on_error, self.ledger)):
+                batch = part.batch
+                if not self.names:
+                    self.names = self._used(batch.schema.names, where)
+                lacking = [name for name in self.names if name not in batch.schema.names]
+                if lacking and not by_name:
+                    check_columns(dict.fromkeys(lacking, where), batch.schema.names, part.origin)
+                columns = [
+                    pa.nulls(batch.num_rows) if name in lacking else batch.column(name)
+                    for name in self.names
+                ]
+                cells = pa.RecordBatch.from_arrays(columns, self.names)
+                yield Part(part.origin, cells, part.numbers)
+
+    def hashed(self, part: Part) -> tuple[Part, dict[str, np.ndarray]]:
+        """What tells rows apart, uint64 (rows,)."""
+        found = {"features": digest(part.batch, self.features)}
+        if self.data.clean.keys is not None:
+            found["keys"] = digest(part.batch, self.data.clean.keys)
+        return part, found
+
+    def add(self, part: Part, hashes: dict[str, np.ndarray]) -> None:
+        self.ledger.add("read", "in", part.batch.num_rows, source=part.origin)
+        self.ledger.add("read", "kept", part.batch.num_rows, source=part.origin)
+        for key, values in hashes.items():
+            self._hashes[key].append(values)
+        for key, name in self.roles.items():
+            self._cells[key].append(texts(part.batch.column(name)))
+        self._write(part.origin, part.batch, part.numbers)
 
     def _used(self, names: list[str], where: str) -> list[str]:
         """The columns that are read, in the order of the first file.
@@ -260,17 +281,16 @@ class _Writer:
         needed |= dict.fromkeys(data.clean.keys or (), "data.clean.keys")
         needed |= dict.fromkeys(data.clean.fill, "data.clean.fill")
         needed |= dict.fromkeys(data.features.encoders, "data.features.encoders")
-        needed |= {name: "data.features.interactions"
-                   for pair in data.features.interactions for name in pair}  # fmt: skip
-        roles = ((key, getattr(data, key)) for key in ("target", "group", "time", "weight"))
-        needed |= {name: f"data.{key}" for key, name in roles if name is not None}
+        needed |= {name: f"data.{key}" for key, name in self.roles.items()}
         check_columns(needed, names, where)
         if NUMBER in names:
             raise UserError(f'{where}: a column is called "{NUMBER}", which is kept for our own')
+        roles = set(self.roles.values())
         used = [name for name in names if name not in data.columns.drop]
-        if set(used) <= {data.target, data.group, data.time, data.weight}:
+        self.features = [name for name in used if name not in roles]
+        if not self.features:
             raise UserError(f"{where}: no column is left to learn from; it has {', '.join(names)}")
-        return used
+        return [name for name in names if name in used or name in (data.clean.keys or ())]
 
     def _write(self, origin: str, cells: pa.RecordBatch, numbers: np.ndarray) -> None:
         cells = cells.append_column(NUMBER, pa.array(numbers, pa.int64()))
@@ -283,33 +303,16 @@ class _Writer:
             self.origins.append(origin)
         self._file.write_batch(cells)
 
-    def _keys(self, cells: pa.RecordBatch) -> None:
-        data = self.data
-        features = self.features
-        others = [name for name in data.clean.keys or self.names if name not in features]
-        found = self._found
-        digests = digest(cells, features)
-        found["features"].append(digests[:, 0])
-        if data.clean.keys is not None:
-            found["whole"].append(digest(cells, data.clean.keys)[:, 0])
-        else:  # all columns: the features', and what else there is
-            found["whole"].append(digests[:, 1] ^ digest(cells, others)[:, 1])
-        for key, name in (("target", data.target), ("group", data.group), ("time", data.time)):
-            if name is not None:
-                found[key].append(cells.column(name))
-
     def close(self) -> tuple[list[str], Keys]:
         if self._file is None:
             raise UserError("data.sources: there is no row")
         self._file.close()
-        hashes = {key: np.concatenate(self._found[key]) for key in ("features", "whole")}
+        hashes = {key: np.concatenate(found) for key, found in self._hashes.items() if found}
         missing = pa.array(self.data.clean.missing_values, pa.string())
         columns = {}
-        for key in ("target", "group", "time"):
-            chunks = [texts(chunk) for chunk in self._found[key]]
-            if chunks:
-                whole = pa.chunked_array(chunks, pa.string())
-                columns[key] = pc.if_else(pc.is_in(whole, missing), None, whole)
+        for key, chunks in self._cells.items():
+            whole = pa.chunked_array(chunks, pa.string())
+            columns[key] = pc.if_else(pc.is_in(whole, missing), None, whole)
         return self.origins, Keys(self.features, **hashes, **columns)
 
 
@@ -326,22 +329,9 @@ def _literals(cells: pa.Array) -> pa.Array:
 
 
 def digest(cells: pa.RecordBatch, names: Sequence[str]) -> np.ndarray:
-    """16 bytes of BLAKE2b over the named cells of each row, as uint64 (rows, 2)."""
-    columns = []
-    for name in names:
-        text = texts(cells.column(name))
-        columns.append(pc.coalesce(text, ""))
-    joined = pc.binary_join_element_wise(*columns, "\x1f") if columns else None
-    if joined is None:
-        return np.zeros((cells.num_rows, 2), np.uint64)
-    encoded = joined.cast(pa.binary())
-    if len(names) == 1 or cells.num_rows == 0:  # few different values, mostly
-        pairs = encoded.dictionary_encode()
-        return _hashes(pairs.dictionary)[pairs.indices.to_numpy()]
-    return _hashes(encoded)
-
-
-def _hashes(values: pa.Array) -> np.ndarray:
+    """8 bytes of BLAKE2b over the named cells of each row, as uint64 (rows,)."""
+    columns = [pc.coalesce(texts(cells.column(name)), "") for name in names]
+    joined = pc.binary_join_element_wise(*columns, "\x1f").cast(pa.binary()).to_pylist()
     blake = hashlib.blake2b
-    found = b"".join([blake(value, digest_size=16).digest() for value in values.to_pylist()])
-    return np.frombuffer(found, ">u8").reshape(-1, 2).astype(np.uint64)
+    found = b"".join([blake(row, digest_size=8).digest() for row in joined])
+    return np.frombuffer(found, ">u8").astype(np.uint64)

@@ -141,6 +141,7 @@ class Number:
 
     def apply(self, values: np.ndarray, into: Features, training: bool) -> None:
         missing = np.isnan(values)
+        into.numbers[self.name] = values  # its place, before those that tell of it
         if self.outliers:
             beyond = (values < self.low) | (values > self.high)
             if self.outliers == "clip":

@@ -8,6 +8,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
+from ..errors import did_you_mean
 from ..reading import describe
 from .data import Data, RecordSource
 from .node import Node, PositiveFloat, PositiveInt
@@ -18,6 +19,7 @@ Encode = Literal["index", "onehot", "ordinal", "target", "frequency", "hash"]
 Missing = Literal[
     "auto", "drop", "mean", "median", "most_frequent", "constant", "knn", "iterative"
 ]  # fmt: skip
+TOY_TABLES = ("iris", "wine", "breast_cancer", "digits", "diabetes")
 MISSING_VALUES = ["", "NA", "N/A", "#N/A", "NaN", "nan", "null", "NULL", "None"]
 
 
@@ -27,7 +29,7 @@ class TableSource(RecordSource):
     without_path = ("sql",)
 
     kind: Literal[  # type: ignore[assignment]
-        "csv", "jsonl", "parquet", "arrow", "excel", "sql", "hf_dataset"
+        "csv", "jsonl", "parquet", "arrow", "excel", "sql", "hf_dataset", "sklearn"
     ]
     url: str | None = Field(
         None,
@@ -47,6 +49,16 @@ class TableSource(RecordSource):
             raise ValueError(f"sheet goes with kind excel; the kind is {self.kind}")
         if self.url is not None:
             check_url(self.url)
+        return self
+
+    @model_validator(mode="after")
+    def _ships(self) -> TableSource:
+        if self.kind == "sklearn" and self.path not in TOY_TABLES:
+            near = did_you_mean(str(self.path), TOY_TABLES)
+            raise ValueError(
+                f"path: found {describe(self.path)}; the tables that ship with scikit-learn are "
+                f"{', '.join(TOY_TABLES)}.{near}"
+            )
         return self
 
 
