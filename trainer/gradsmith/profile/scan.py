@@ -105,7 +105,7 @@ class Seen:
         pairs = pc.value_counts(found.drop_null())
         values = pairs.field("values")
         if len(values):
-            self.distinct.add(digest(pa.RecordBatch.from_arrays([values], ["v"]), ["v"])[:, 0])
+            self.distinct.add(digest(pa.RecordBatch.from_arrays([values], ["v"]), ["v"]))
         if self.counts is not None:
             self.counts.update(dict(zip(values.to_pylist(), pairs.field("counts").to_pylist(),
                                         strict=True)))  # fmt: skip
@@ -211,7 +211,7 @@ def scan(
     for batch in chain(head, stream):
         for name, column in columns.items():
             column.add(batch.column(name), reader)
-        hashes.append(digest(batch, list(columns))[:, 0])
+        hashes.append(digest(batch, list(columns)))
         sample.add(batch, rows)
         rows += batch.num_rows
     whole = np.concatenate(hashes)
