@@ -353,3 +353,18 @@ def test_what_is_asked_wrongly_is_said(tmp_path: Path, monkeypatch: pytest.Monke
     assert found["files"] == 1
     with pytest.raises(UserError, match=r"ends in \.html"):
         write(found, "t.csv", Path("t.csv"))
+
+
+def test_a_strong_feature_is_suspected_and_only_a_perfect_one_left_out(tmp_path: Path) -> None:
+    tree = {
+        "name": "iris", "output": str(tmp_path / "run"), "model": {"architecture": "mlp"},
+        "data": {"task": "table", "sources": [{"kind": "sklearn", "path": "iris"}],
+                 "target": "target"},
+        "training": {"steps": 1},
+    }  # fmt: skip
+    (tmp_path / "iris.yaml").write_text(yaml.safe_dump(tree))
+    found = profile(str(tmp_path / "iris.yaml"))
+    assert findings(found, "leak") == [["petal length (cm)"], ["petal width (cm)"]]
+    columns = yaml.safe_load(found["recipe"])["data"]["columns"]
+    assert len(columns["numeric"]) == 4
+    assert found["recipe"].count("drop it if it is known only after target") == 2

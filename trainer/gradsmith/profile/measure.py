@@ -26,7 +26,8 @@ SPANS = 30  # of a time trend
 ENOUGH = 5  # rows of which a mean of the target is shown
 FENCE = 1.5  # interquartile ranges beyond the quartiles, as in data.clean.outliers
 
-LEAK = 0.95  # ROC-AUC or R² of one feature alone
+LEAK = 0.95  # ROC-AUC or R² of one feature alone, from which on it is suspected
+CERTAIN = 0.99  # and from which on the proposed recipe leaves it out
 MOSTLY = 0.5  # missing
 NEARLY = 0.99  # one value
 RELATED_FROM = 0.99  # Pearson's correlation of two features
@@ -375,8 +376,8 @@ def _findings(p: dict[str, Any]) -> Any:
     for name, other in p["copies"]:
         yield finding("copy", [name, other], f"{name} says the same as {other}, value by value")
     if p["duplicates"]:
-        told = f"{p['duplicates']:,} rows ({share(p['duplicates'] / rows)}) equal an earlier row"
-        yield finding("duplicates", [], f"{told} in every column")
+        told = f"rows that equal an earlier one in every column: {p['duplicates']:,}"
+        yield finding("duplicates", [], f"{told} ({share(p['duplicates'] / rows)})")
     for name, c in of_columns.items():
         if c["bad"]:
             yield finding("mixed", [name], f"{name} has {c['bad']:,} cells that are no {c['kind']}")

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from ..errors import one_line
-from .measure import LEAK, MOSTLY, OUTLYING, RARE, share
+from .measure import CERTAIN, LEAK, MOSTLY, OUTLYING, RARE, share
 
 LEAST = 40  # rows; of fewer no share can be held out that says anything
 SMALL = 5_000  # rows; a smaller network learns them as well
@@ -55,7 +55,7 @@ def propose(p: dict[str, Any], name: str, data: dict[str, Any]) -> str | None:
         line(1, f"problem: {target['problem']}"),
         *_roles(p, data),
         line(1, "columns:"),
-        *_columns(data, drop, used),
+        *_columns(p, data, drop, used),
         *_cleaning(p, data, used),
         *_split(p, data),
         *_model(p, used),
@@ -77,7 +77,7 @@ def _dropped(p: dict[str, Any], data: dict[str, Any]) -> dict[str, str]:
     """Column -> why it is not used; the first reason counts."""
     target, found = p["target"], dict.fromkeys(data.get("drop", ()), "as your recipe says")
     for feature, of in target["features"].items():
-        if (of["score"] or 0) >= LEAK:
+        if (of["score"] or 0) >= CERTAIN:
             told = f"predicts {target['name']} alone ({target['metric']} {of['score']:.3f})"
             found.setdefault(feature, f"{told}: known only afterwards? Else take it back")
     for name, other in p["copies"]:
@@ -108,7 +108,9 @@ def _roles(p: dict[str, Any], data: dict[str, Any]) -> list[str]:
     return found
 
 
-def _columns(data: dict[str, Any], drop: dict[str, str], used: list[dict[str, Any]]) -> list[str]:
+def _columns(
+    p: dict[str, Any], data: dict[str, Any], drop: dict[str, str], used: list[dict[str, Any]]
+) -> list[str]:
     lines = []
     if drop:
         lines += [line(2, "drop:"), *(line(3, f"- {value(n)}", why) for n, why in drop.items())]
@@ -116,7 +118,7 @@ def _columns(data: dict[str, Any], drop: dict[str, str], used: list[dict[str, An
         own = [c for c in used if c["kind"] == kind]
         if own:
             lines.append(line(2, f"{key}:", "stated, so that other rows change no type"))
-            lines += [line(3, f"- {value(c['name'])}", _column_words(c)) for c in own]
+            lines += [line(3, f"- {value(c['name'])}", _column_words(c, p["target"])) for c in own]
     if data.get("thousands"):
         lines.append(line(2, f"thousands: {value(data['thousands'])}", "as the numbers have it"))
     if data.get("decimal", ".") != ".":
@@ -124,7 +126,7 @@ def _columns(data: dict[str, Any], drop: dict[str, str], used: list[dict[str, An
     return lines
 
 
-def _column_words(c: dict[str, Any]) -> str:
+def _column_words(c: dict[str, Any], target: dict[str, Any]) -> str:
     parts = [c["why"]]
     if c["kind"] == "number" and c.get("median") is not None:
         parts = [f"{c['least']:.4g} to {c['most']:.4g}, median {c['median']:.4g}"]
@@ -132,6 +134,10 @@ def _column_words(c: dict[str, Any]) -> str:
         parts.append(f"{c['missing']:,} missing")
     if c["bad"]:
         parts.append(f"{c['bad']:,} are no {c['kind']}")
+    alone = target["features"].get(c["name"], {}).get("score") or 0
+    if alone >= LEAK:
+        told = f"{target['metric']} {alone:.3f} alone"
+        parts.append(f"{told}: drop it if it is known only after {target['name']}")
     return ", ".join(parts)
 
 
@@ -145,7 +151,7 @@ def _cleaning(p: dict[str, Any], data: dict[str, Any], used: list[dict[str, Any]
     why = "nothing is missing now; what is later gets the median"
     if gaps:
         why = f"{', '.join(gaps)}: the median and a column that says so, or a value of its own"
-    again = f"{p['duplicates']:,} rows equal an earlier one"
+    again = f"rows that equal an earlier one: {p['duplicates']:,}"
     lines += [
         line(1, "clean:"),
         line(2, "missing: auto", why),
