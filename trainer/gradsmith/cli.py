@@ -90,6 +90,36 @@ def prepare(
 
 
 @app.command()
+def profile(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE|RECIPE", help="A table, a glob of them, or a recipe.")
+    ],
+    overrides: Overrides = None,
+    target: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="What is to be predicted.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="The page to write; default: SOURCE.profile.html in this folder."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Look at a table before anything is trained: a page, and a recipe for it."""
+    from .console import show
+    from .profile.build import profile, write
+    from .profile.draw import terminal
+
+    with contextlib.redirect_stdout(sys.stderr):  # what is said on the way is no result
+        found = profile(source, overrides or (), target)
+        page = None if as_json and output is None else write(found, source, output)
+    if as_json:
+        print(json.dumps(found, allow_nan=False))
+    else:
+        show(terminal(found))
+        print(page)
+
+
+@app.command()
 def train(
     recipe: RecipePath,
     overrides: Overrides = None,

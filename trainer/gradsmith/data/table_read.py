@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import bisect
 import csv
+import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
@@ -129,6 +131,7 @@ def _csv(file: Path, source: Any, broken: Report) -> Iterator[tuple[pa.RecordBat
         skipped.append(number)
         return "skip"
 
+    held, reader = sys.getrefcount(invalid), None
     try:
         with pa.input_stream(str(file), compression=COMPRESSED.get(file.suffix)) as stream:
             reader = pyarrow.csv.open_csv(
@@ -161,6 +164,10 @@ def _csv(file: Path, source: Any, broken: Report) -> Iterator[tuple[pa.RecordBat
         for _ in lines(file):  # which names the byte that is no UTF-8
             pass
         raise UserError(f"{file}: not readable as CSV: {one_line(error)}") from None
+    finally:  # Arrow's thread may let go of `invalid` later; while Python ends that would abort it
+        reader, until = None, time.monotonic() + 1.0
+        while sys.getrefcount(invalid) > held and time.monotonic() < until:
+            time.sleep(0.001)
 
 
 def _places(good: np.ndarray, skipped: list[int]) -> np.ndarray:

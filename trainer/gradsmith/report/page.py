@@ -323,9 +323,10 @@ for (const figure of document.querySelectorAll("[data-chart]")) {
 """
 
 
-def page(title: str, body: Html) -> str:
-    """A whole document. Its content security policy lets nothing be loaded and no script but ours
-    run, whatever a recipe's or a model's text may hold. Pictures are in the page itself."""
+def page(title: str, body: Html, style: str = "") -> str:
+    """A whole document; `style` is CSS besides the common. Its content security policy lets nothing
+    be loaded and no script but ours run, whatever a recipe's or a model's text may hold. Pictures
+    are in the page itself."""
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = (
         "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
@@ -335,6 +336,6 @@ def page(title: str, body: Html) -> str:
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        f"<title>{escape(title)}</title>\n<style>{STYLE}{style}</style>\n</head>\n<body>\n"
         f"{body}\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
     )

@@ -1,0 +1,1 @@
+"""`gradsmith profile`: what stands in a table before anything is trained."""
