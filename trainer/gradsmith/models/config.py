@@ -71,11 +71,13 @@ def describe_model(recipe: Recipe, fresh: bool = True) -> Any:
 
 
 def _decided(recipe: Recipe) -> dict[str, Any]:
-    """What the data decide of the config, where they are prepared already."""
+    """What the data decide of the model's shapes, where they are prepared already."""
     with contextlib.suppress(UserError):
         data = PreparedData.open(Run(recipe.output).data)
         if data.fits(recipe):
-            return make_task(recipe, data.processor(recipe)).config()
+            found = make_task(recipe, data.processor(recipe)).config()
+            # Knowing the padding's, transformers would look for it in inputs without numbers.
+            return {key: found[key] for key in found if not key.endswith("_token_id")}
     return {}
 
 
