@@ -378,3 +378,16 @@ def test_offload_gives_the_same_losses(tiny: Tiny) -> None:
         loop.train(plain)
         loop.train(offloaded)
         assert losses(offloaded) == pytest.approx(losses(plain), abs=2e-3)
+
+
+def test_a_rank_that_looks_too_early_does_not_validate_once_more(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 may not have written the row of the last step yet; what it has counts for all."""
+    agree = ranks.agree
+    monkeypatch.setattr(loop, "_last_row", lambda *_: None)  # what such a rank finds
+    monkeypatch.setattr(ranks, "agree", lambda value: agree(value is False or value))  # rank 0's
+    recipe = tiny("run", **{"training.steps": 4, "training.validate.every": 2})
+    loop.train(recipe)
+    rows = [row for row in Run(recipe.output).read_metrics() if row["kind"] == "validation"]
+    assert [row["step"] for row in rows] == [2, 4]

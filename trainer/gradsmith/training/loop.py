@@ -170,9 +170,10 @@ def _finish(
             f"finite: the run has diverged, and is not saved. {stopping.ADVICE}"
         )
     validation = _last_row(folder, "validation")
-    due = session.held_out is not None and (
-        validation is None or validation["step"] != session.step
-    )
+    # Rank 0 writes the rows. Another may look before this step's is there, and if it then began
+    # one more validation it would wait for the others without end.
+    done = ranks.agree(validation is not None and validation["step"] == session.step)
+    due = session.held_out is not None and not done
     if due and session.best is not None:  # before the checkpoint, which holds what it finds
         validation, due = validate(session), False
         _judge(session, validation)
@@ -182,10 +183,11 @@ def _finish(
     if due:
         validation = validate(session)
         bar.update(session.step, validation)
-    if validation is not None and not math.isfinite(validation["loss"]):
+    loss = ranks.agree(validation["loss"] if validation is not None else 0.0)
+    if not math.isfinite(loss):
         raise RunError(
-            f"step {session.step}: the validation loss is {validation['loss']}: the run has "
-            f"diverged. {stopping.ADVICE}"
+            f"step {session.step}: the validation loss is {loss}: the run has diverged. "
+            f"{stopping.ADVICE}"
         )
     _keep_newest(session)
     if ranks.rank() == 0:
