@@ -11,6 +11,7 @@ import numpy as np
 import pandas
 import pytest
 import yaml
+from scipy.stats import contingency
 from sklearn.metrics import mutual_info_score, roc_auc_score
 from table_recipes import people, write_csv
 
@@ -98,7 +99,6 @@ def test_information_and_auc_are_those_of_scikit_learn() -> None:
 
 
 def test_cramers_v_is_that_of_the_chi_squared_table() -> None:
-    contingency = pytest.importorskip("scipy.stats.contingency")
     draw = np.random.default_rng(3)
     a = draw.integers(0, 4, 300)
     b = np.where(draw.random(300) < 0.6, a % 3, draw.integers(0, 3, 300))
@@ -281,6 +281,19 @@ def test_the_page_holds_what_was_found(tmp_path: Path) -> None:
         assert told in text
     assert "nan" not in page.replace("finance", "").lower().split()
     assert found["recipe"].strip() in text
+
+
+def test_other_files_than_tables_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("x.tar", "x.png"):
+        Path(name).write_bytes(b"1")
+        assert main(["profile", name]) == 2
+        said = capsys.readouterr().err
+        assert f"{name}: no kind that is known; allowed are files, globs and folders of" in said
+        assert ".csv" in said
+        assert ".tar," not in said
 
 
 def test_a_table_cannot_write_into_the_page(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openpyxl
 import pytest
 import table_recipes
 from conftest import with_overrides
@@ -18,8 +19,6 @@ from gradsmith.data.prepare import prepare
 from gradsmith.data.prepared import PreparedData
 from gradsmith.errors import UserError
 from gradsmith.recipe import parse_recipe
-
-openpyxl = pytest.importorskip("openpyxl")
 
 
 def write(path: Path, rows: list[list[Any]], sheet: str = "people") -> Path:

@@ -92,7 +92,8 @@ def sqlite(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def duckdb(tmp_path_factory: pytest.TempPathFactory) -> str:
-    module = pytest.importorskip("duckdb")
+    import duckdb as module
+
     path = tmp_path_factory.mktemp("sql") / "people.duckdb"
     with module.connect(str(path)) as connection:
         connection.execute(

@@ -14,8 +14,8 @@ from typing import Any
 from ..console import bytes_in_words
 from ..errors import UserError, did_you_mean
 from ..reading import reading
+from .table_cells import RECORDS
 
-RECORDS = 8_192  # rows of a batch
 LARGEST = 2 << 30  # bytes of a workbook's parts, unpacked
 
 

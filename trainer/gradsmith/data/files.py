@@ -16,6 +16,7 @@ from ..errors import UserError
 from ..files import OurFolders
 from ..recipe import Source
 
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 SUFFIXES = {
     "text": ("",),
     "jsonl": (".jsonl",),
@@ -23,11 +24,7 @@ SUFFIXES = {
     "parquet": (".parquet",),
     "arrow": (".arrow", ".feather"),
     "tar": (".tar", ".tar.gz", ".tgz"),
-    "image_folder": tuple(
-        case(f".{name}")
-        for name in ("png", "jpg", "jpeg", "webp", "bmp", "gif")
-        for case in (str.lower, str.upper)
-    ),
+    "image_folder": (*PICTURES, *map(str.upper, PICTURES)),
     "excel": (".xlsx", ".xlsm"),
 }
 

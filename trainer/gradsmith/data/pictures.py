@@ -12,10 +12,9 @@ import numpy as np
 from ..errors import UserError
 from ..reading import reading
 from ..recipe import Source
-from .files import files_of
+from .files import PICTURES, files_of
 from .pixels import png
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 LARGEST_FILE = 1 << 28  # bytes of one picture in a tar
 KINDS = ("image_folder", "tar", "digits")
 
@@ -68,7 +67,7 @@ def _members(archive: tarfile.TarFile, leave: Leave) -> Iterator[tuple[PurePosix
             leave("in the tar: a link or a device")
         elif name.is_absolute() or ".." in name.parts:
             leave("in the tar: a name that leads out of it")
-        elif suffix not in (*ENDINGS, ".cls") or name.name.startswith("."):
+        elif suffix not in (*PICTURES, ".cls") or name.name.startswith("."):
             leave("in the tar: no picture by its name")
         elif member.size > LARGEST_FILE:
             leave(f"in the tar: a file of more than {LARGEST_FILE >> 20} MiB")

@@ -15,7 +15,6 @@ from typing import Any
 from ..errors import UserError
 from ..files import file_entry
 from ..recipe import Data, Source
-from . import excel, sql
 from .example import Example, Ledger
 from .files import SUFFIXES, files_of, find
 from .pictures import KINDS, digits_file, pictures
@@ -37,8 +36,6 @@ def check_sources(data: Data, log: Callable[[str], None] | None = None) -> None:
     for number, source in enumerate(data.sources):
         where = f"data.sources.{number}"
         processor_class(data.task).check_source(source, where)
-        if source.kind == "excel":
-            excel.check(where)
         if source.kind in SUFFIXES:
             _, *left_out = find(source, where)
             whys = ("since gradsmith wrote it", "since links to folders are not followed")
@@ -48,8 +45,6 @@ def check_sources(data: Data, log: Callable[[str], None] | None = None) -> None:
                     log(f"{where}.path: left out, {why}: {names}")
         elif source.kind == "hf_dataset":
             check_dataset(Path(str(source.path)), where)
-        elif source.kind == "sql":
-            sql.check(source, where)
 
 
 def read(data: Data, ledger: Ledger) -> Iterator[Example]:
@@ -123,6 +118,8 @@ def fingerprint(source: Source, where: str) -> dict[str, Any]:
     by its name.
     """
     if source.kind == "sql":
+        from . import sql  # Arrow, which others need not load
+
         return sql.fingerprint(source, where)
     if source.kind == "python_stdlib":
         root: Path | None = stdlib()

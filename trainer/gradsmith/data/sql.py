@@ -26,9 +26,8 @@ import pyarrow as pa
 
 from ..errors import UserError, one_line
 from ..files import file_entry
+from .table_cells import CHUNK, RECORDS, from_columns
 
-RECORDS = 8_192  # rows of a batch, where they come one by one
-CHUNK = 65_536  # where they come in batches
 DRIVERS = {"sqlite": "sqlite3", "duckdb": "duckdb", "postgresql": "adbc_driver_postgresql"}
 
 
@@ -106,8 +105,6 @@ def batches(source: Any, where: str) -> Iterator[pa.RecordBatch]:
 
 def _sqlite(source: Any, where: str) -> Generator[pa.RecordBatch, None, None]:
     import sqlite3
-
-    from .table_read import from_columns
 
     allowed = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION,
                sqlite3.SQLITE_RECURSIVE}  # fmt: skip

@@ -21,11 +21,13 @@ from ..files import write_json
 from ..reading import read_json
 from ..recipe import TableData, TableRecipe
 from ..shapes import TableSettings
+from . import excel, sql
 from .ahead import ahead
 from .columns import Column, Columns
 from .example import Dropped, Example, Ledger
 from .labelled import class_weights
 from .processor import Batch, Processor, Row
+from .table_cells import from_rows
 from .table_fit import Chunks, Target, broken, fit_column, parsed, reading_of
 from .table_kinds import Kind, infer
 from .table_matrix import (
@@ -41,7 +43,6 @@ from .table_matrix import (
     isolation_forest,
     select,
 )
-from .table_read import from_rows
 from .table_spool import Chunk, TableSpool, digest
 from .table_steps import STEPS, Category, Features, Step, Text, dump
 
@@ -108,6 +109,13 @@ class TableProcessor(Processor):
         if self.recipe.data.weight is not None:
             columns["weight"] = Column("<f4")
         return columns
+
+    @classmethod
+    def check_source(cls, source: Any, where: str) -> None:
+        if source.kind == "excel":
+            excel.check(where)
+        elif source.kind == "sql":
+            sql.check(source, where)
 
     @classmethod
     def spool(cls) -> type[TableSpool]:
@@ -261,7 +269,13 @@ class TableProcessor(Processor):
     ) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """The rows of a chunk as columns, each (kept, ...), and which they are, int64 (kept,)."""
         columns, found = self._encoded(chunk)
-        rows = len(chunk)
+        kept = self._account(found, len(chunk), ledger)
+        if not kept.all():
+            columns = {name: values[kept] for name, values in columns.items()}
+        return columns, np.flatnonzero(kept)
+
+    def _account(self, found: Features, rows: int, ledger: Ledger) -> np.ndarray:
+        """Counts what became of a chunk's rows; which are kept, bool (rows,)."""
         ledger.add("encode", "in", rows)
         kept = np.ones(rows, bool)
         for why, lost in found.drop.items():
@@ -272,9 +286,7 @@ class TableProcessor(Processor):
         for what, count in found.notes.items():
             ledger.add("encode", "changed", count, reason=what)
         ledger.add("encode", "kept", int(kept.sum()))
-        if not kept.all():
-            columns = {name: values[kept] for name, values in columns.items()}
-        return columns, np.flatnonzero(kept)
+        return kept
 
     def _encoded(self, chunk: Chunk) -> tuple[dict[str, np.ndarray], Features]:
         """All rows of a chunk as columns, and which of them go no further."""
@@ -329,11 +341,11 @@ class TableProcessor(Processor):
             hashes = digest(batch, list(self.steps))
             none = np.zeros(1, np.int64)
             chunk = Chunk(example.source, batch, none, none, hashes, training=False)
-            columns, kept = self.encode_chunk(chunk, ledger)
-            if len(kept):
+            columns, found = self._encoded(chunk)
+            if self._account(found, 1, ledger)[0]:
                 rows.append({name: values[0] for name, values in columns.items()})
             else:
-                why = next(why for why, lost in self._encoded(chunk)[1].drop.items() if lost[0])
+                why = next(why for why, lost in found.drop.items() if lost[0])
                 rows.append(Dropped("encode", why))
         return rows
 
@@ -361,10 +373,6 @@ class TableProcessor(Processor):
         ]
         none = torch.zeros(rows, 0, dtype=torch.int64)
         return {"numbers": numbers, "categories": torch.stack(codes, 1) if codes else none}
-
-    def target_of(self, outputs: np.ndarray) -> np.ndarray:
-        """A standardised target in its own unit."""
-        return outputs * self.target_scale + self.target_mean
 
     def save_pretrained(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -398,14 +406,11 @@ class TableRows:
         float32 (B,), and weight, float32 (B,)."""
         which = np.asarray(rows, np.int64)
         inputs = {}
-        counts = {"numbers": len(self.processor.numbers), "categories":
-                  len(self.processor.categories)}  # fmt: skip
         for name, dtype in (("numbers", np.float32), ("categories", np.int64)):
-            stored = getattr(self.split, name) if counts[name] else None
-            size = max(1, len(which))
-            values = np.zeros((size, counts[name]), dtype)
-            if stored is not None and len(which):
-                values[:] = stored[which]
+            count = len(getattr(self.processor, name))
+            values = np.zeros((max(1, len(which)), count), dtype)
+            if count and len(which):
+                values[:] = getattr(self.split, name)[which]
             inputs[name] = torch.from_numpy(values)
         target = self.split.target[which] if len(which) else np.zeros(1, self.split.target.dtype)
         weight = self.items[which] if len(which) else np.zeros(1, np.float32)

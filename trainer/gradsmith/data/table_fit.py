@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..errors import UserError, one_line
-from .table_kinds import FEW, Kind, Parsed, Reading, infer
+from .table_kinds import FEW, Kind, Parsed, Reading, amounts, infer
 from .table_spool import Chunk
 from .table_steps import (
     FOLDS,
@@ -164,7 +164,7 @@ def _problem(name: str, chunks: Chunks, reader: Reading) -> str:
     for chunk in chunks():
         values, _ = reader.numbers(chunk.column(name))
         distinct |= set(np.unique(values[~np.isnan(values)])[: FEW + 1].tolist())
-        if len(distinct) > FEW or any(value != int(value) for value in distinct):
+        if amounts(np.array(list(distinct)), len(distinct)):
             return "regression"
     return "classification"
 

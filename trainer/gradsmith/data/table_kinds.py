@@ -9,14 +9,13 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..errors import UserError
-from .table_read import texts
+from .table_cells import texts
 
 BREAKS = 0.05  # of a column's values that may break the type which the others have
 SEEN = 100_000  # rows of the training split from which a type is inferred
@@ -226,9 +225,7 @@ def _check_thousands(values: set[str], reader: Reading, where: str) -> None:
             )
 
 
-def problem_of(values: Any, kind: Kind, distinct: int) -> str:
-    """classification or regression, by the target's values, float64."""
-    if kind.name != "number":
-        return "classification"
-    whole = bool((values == np.floor(values)).all())
-    return "classification" if whole and distinct <= FEW else "regression"
+def amounts(values: np.ndarray, distinct: int) -> bool:
+    """Whether a target's numbers, float64, are to be predicted as such and not as classes: they
+    have fractions, or more than `FEW` different values."""
+    return distinct > FEW or bool((values != np.floor(values)).any())

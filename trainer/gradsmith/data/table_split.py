@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from ..errors import UserError
 from .example import Ledger
-from .table_kinds import BREAKS, FEW, Reading
+from .table_kinds import BREAKS, Reading, amounts
 
 DROPPED = -1
 TRAIN, VALIDATION, TEST = range(3)  # places in SPLITS
@@ -201,8 +201,8 @@ def _strata(target: pa.ChunkedArray, data: Any) -> np.ndarray:
         numbers = np.array([float(text) for text in known])
     except ValueError:
         return strata
-    whole = bool((numbers == np.floor(numbers)).all())
-    if data.problem == "classification" or (data.problem is None and whole and len(known) <= FEW):
+    follows = "regression" if amounts(numbers, len(known)) else "classification"
+    if (data.problem or follows) == "classification":
         return strata
     values = numbers[strata]
     return np.searchsorted(np.quantile(values, np.arange(0.1, 1, 0.1)), values, side="right")

@@ -20,7 +20,8 @@ from .ahead import ahead
 from .columns import ColumnWriter, HashedFile
 from .example import Ledger
 from .split import SPLITS
-from .table_read import Part, check_columns, parts, reporting, texts
+from .table_cells import texts
+from .table_read import Part, aligned, check_columns, parts, reporting
 from .table_split import DROPPED, Keys, duplicates, leaks, sides
 
 NUMBER = "#"  # the column of the spool with a row's place in its file
@@ -238,19 +239,10 @@ class _Writer:
         """The sources' rows, with the columns that are used."""
         for number, source in enumerate(self.data.sources):
             where = f"data.sources.{number}"
-            by_name = source.kind in ("jsonl", "hf_dataset")
             for part in parts(source, where, reporting(self.data.on_error, self.ledger)):
-                batch = part.batch
                 if not self.names:
-                    self.names = self._used(batch.schema.names, where)
-                lacking = [name for name in self.names if name not in batch.schema.names]
-                if lacking and not by_name:
-                    check_columns(dict.fromkeys(lacking, where), batch.schema.names, part.origin)
-                columns = [
-                    pa.nulls(batch.num_rows) if name in lacking else batch.column(name)
-                    for name in self.names
-                ]
-                cells = pa.RecordBatch.from_arrays(columns, self.names)
+                    self.names = self._used(part.batch.schema.names, where)
+                cells = aligned(part, self.names, source, where)
                 yield Part(part.origin, cells, part.numbers)
 
     def hashed(self, part: Part) -> tuple[Part, dict[str, np.ndarray]]:

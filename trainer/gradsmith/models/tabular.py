@@ -13,7 +13,7 @@ Letters: B rows, N numbers, M categories, D the size of an embedding, T bins.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -203,13 +203,12 @@ class CategoryEmbedding(nn.Embedding):
     """int64 (B, M) -> (B, M, D): one table for all categories, the values of each in a row."""
 
     def __init__(self, config: TableConfig):
-        sizes = list(config.cardinalities)
-        super().__init__(sum(sizes), config.embedding_size)
-        self.sizes = sizes
+        *firsts, rows = accumulate(config.cardinalities, initial=0)
+        super().__init__(rows, config.embedding_size)
+        self.firsts = firsts
 
     def forward(self, categories: Tensor) -> Tensor:
-        firsts = [sum(self.sizes[:i]) for i in range(len(self.sizes))]
-        return super().forward(categories + torch.tensor(firsts, device=categories.device))
+        return super().forward(categories + torch.tensor(self.firsts, device=categories.device))
 
 
 class FlatFeatures(nn.Module):

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ..data import sql
 from ..data.example import Ledger
@@ -76,7 +76,8 @@ def kind_of(source: str) -> str:
     Raises:
         UserError: none is known by that suffix.
     """
-    by_suffix = {end: kind for kind, ends in SUFFIXES.items() if kind != "text" for end in ends}
+    tables = get_args(TableSource.model_fields["kind"].annotation)
+    by_suffix = {end: kind for kind, ends in SUFFIXES.items() if kind in tables for end in ends}
     by_suffix |= ALIKE
 
     def of(path: Path) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..data.table_kinds import FEW, problem_of
+from ..data.table_kinds import FEW, amounts
 from ..errors import one_line
 from . import relations
 from .scan import Seen, Table, mix
@@ -78,8 +78,9 @@ class Aim:
         self.name, seen = name, table.columns[name]
         values = table.values(name) if seen.numeric else np.zeros(0)
         known = values[~np.isnan(values)]
-        self.problem = problem or problem_of(known, seen.kind, seen.distinct.count)
-        if self.problem == "regression" and not seen.numeric:
+        a_number = seen.kind.name == "number" and amounts(known, seen.distinct.count)
+        self.problem = problem or ("regression" if a_number else "classification")
+        if not seen.numeric:
             self.problem = "classification"
         self.labels: list[str] = []
         if self.problem == "regression":

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from ..data.table_fit import parsed
 from ..data.table_kinds import SEEN, Kind, Reading, infer
-from ..data.table_read import Part, Report, check_columns, parts
+from ..data.table_read import Report, aligned, parts
 from ..data.table_spool import digest
 from ..errors import UserError
 
@@ -226,16 +226,7 @@ def _read(sources: list[Any], broken: Report) -> Iterator[pa.RecordBatch]:
         where = f"data.sources.{number}"
         for part in parts(source, where, broken):
             names = names or part.batch.schema.names
-            yield _aligned(part, names, where, source.kind in ("jsonl", "hf_dataset"))
-
-
-def _aligned(part: Part, names: list[str], where: str, by_name: bool) -> pa.RecordBatch:
-    batch = part.batch
-    there = batch.schema.names
-    if not by_name:
-        check_columns(dict.fromkeys(names, where), there, part.origin)
-    columns = [batch.column(name) if name in there else pa.nulls(batch.num_rows) for name in names]
-    return pa.RecordBatch.from_arrays(columns, names)
+            yield aligned(part, names, source, where)
 
 
 def _kinds(

@@ -107,7 +107,7 @@ def permutation_importance(
 
     Args:
         measure: the metrics of a batch.
-        dataset: the held-out rows; of many the first.
+        dataset: the held-out rows; of many some, spread evenly.
         names: of the numbers and of the categories.
         metric: which of the metrics.
     """

@@ -87,6 +87,14 @@ class Classification(Task):
             note=note,
         )
 
+    def beside(self, found: Examination, linear: Result | None, on: str, reads: str) -> None:
+        """Adds logistic regression, or how to get it where scikit-learn is missing."""
+        if linear is None:
+            found.note += f" Logistic regression {on} needs: pip install 'gradsmith[table]'."
+        else:
+            found.results.append(linear)
+            found.note += f" {reads}"
+
     def majority(self, sums: torch.Tensor) -> Result:
         """What it reaches to give every row the classes' shares of the training split."""
         support = torch.tensor([of["support"] for of in self.sums.per_class(sums)])
@@ -126,13 +134,8 @@ class TextClassification(Classification):
         found = super().examine(subject)
         held_out = subject.data.split(subject.split)
         linear = self._linear(subject.data, held_out)
-        if linear is None:
-            found.note += " Logistic regression on TF-IDF needs: pip install 'gradsmith[table]'."
-        else:
-            found.results.append(linear)
-            found.note += (
-                " TF-IDF + logistic regression reads words and pairs of words of the same rows."
-            )
+        reads = "TF-IDF + logistic regression reads words and pairs of words of the same rows."
+        self.beside(found, linear, "on TF-IDF", reads)
         found.blocks.append(self._surest_mistakes(subject.model, held_out))
         return found
 

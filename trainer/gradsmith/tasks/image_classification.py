@@ -75,15 +75,12 @@ class ImageClassification(Classification):
     def examine(self, subject: Subject) -> Examination:
         found = super().examine(subject)
         train, held_out = subject.data.split("train"), subject.data.split(subject.split)
-        linear = self._linear(subject.data, held_out)
-        if linear is None:
-            found.note += " Logistic regression on pixels needs: pip install 'gradsmith[table]'."
-        else:
-            found.results.append(linear)
-            found.note += (
-                f" Logistic regression reads the pixels, averaged to {BASELINE_EDGE} x "
+        if len(self.labels) <= BASELINE_CLASSES:
+            reads = (
+                f"Logistic regression reads the pixels, averaged to {BASELINE_EDGE} x "
                 f"{BASELINE_EDGE} at most, of up to {BASELINE_ROWS:,} training images."
             )
+            self.beside(found, self._linear(subject.data, held_out), "on pixels", reads)
         found.blocks.append(self._training_sheet(train))
         logits = torch.cat(list(self._logits(subject.model, held_out)))
         target = torch.from_numpy(np.asarray(held_out.label).astype(np.int64))
@@ -101,8 +98,6 @@ class ImageClassification(Classification):
             from sklearn.pipeline import make_pipeline
             from sklearn.preprocessing import StandardScaler
         except ImportError:
-            return None
-        if len(self.labels) > BASELINE_CLASSES:
             return None
         x, y = self._small(data.split("train"), BASELINE_ROWS)
         model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=300))

@@ -6,6 +6,7 @@ itself one of the two below. Letters: B rows of a batch.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import numpy as np
@@ -107,9 +108,9 @@ class Table(Task):
             for name, answer in fitted.items()
         ]
 
+    @abstractmethod
     def judge(self, answers: np.ndarray, rows: Rows) -> dict[str, float]:
         """The metrics of a baseline's answers."""
-        raise NotImplementedError
 
     def rows_in_words(self, rows: int) -> str:
         numbers, categories = len(self.processor.numbers), len(self.processor.categories)

@@ -265,7 +265,7 @@ def load_optimizer(engine: DeepSpeedEngine, checkpoint: Path) -> dict[str, Any]:
         keys = set(file.keys())
         for name, entry in read_json(index)["pieces"].items():
             if any(other.start == entry["start"] for other in saved.get(name, [])):
-                continue  # at stage 0 each rank wrote everything, until only the first did
+                continue  # an older checkpoint of stage 0, where each rank wrote everything
             own = {key for key in keys if key.rpartition(":")[0] == name}
             phase = entry.get("phase", 0)
             saved.setdefault(name, []).append(
